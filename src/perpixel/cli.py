@@ -1,0 +1,183 @@
+"""The command line: one function per command, no logic. Everything heavy is imported inside, so that `--help` is instant."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from perpixel.train import Outcome
+
+app = typer.Typer(
+    help="Semantic segmentation: every pixel of every image labelled, and how far to trust it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+Images = Annotated[Path, typer.Argument(help="Folder of images, list file, TIFF stack or Pascal VOC folder.")]
+Masks = Annotated[Path | None, typer.Argument(help="Folder of masks or TIFF stack; left out where IMAGES holds both.")]
+Bundle = Annotated[Path, typer.Argument(help="A .safetensors file written by `perpixel train`.")]
+Classes = Annotated[str | None, typer.Option(help="Class names: a file with one per line, or a,b,c.")]
+Labels = Annotated[list[str] | None, typer.Option("--label", help="What a mask value means: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
+
+
+@app.command()
+def check(images: Images, masks: Masks = None, classes: Classes = None, label: Labels = None, json: Json = False) -> None:
+    """Diagnose images and masks before training. Exit code 0 where training can start, 2 where it cannot."""
+    from perpixel.check import check as run
+    from perpixel.check import render
+
+    console = Console()
+    with _live(json, "reading") as progress:
+        report = run(images, masks, classes=classes, labels=_labels(label), progress=progress)
+    if json:
+        _print_json(report.to_json())
+    else:
+        render(report, console)
+    if not report.ready:
+        raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    images: Images,
+    masks: Masks = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", show_default=True)] = Path("run"),
+    recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe, or a YAML file with any part of one.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock budget; the schedule fits itself to it.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the plan: --set train.lr=0.001", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    classes: Classes = None,
+    label: Labels = None,
+) -> None:
+    """Check the data, plan the run and train. Writes OUT/best.safetensors and all that belongs to it."""
+    from perpixel.train import train as run
+
+    outcome = run(
+        images,
+        masks,
+        out=out,
+        recipe=recipe,
+        settings=set_ or (),
+        steps=steps,
+        minutes=minutes,
+        resume=resume,
+        classes=classes,
+        labels=_labels(label),
+        console=Console(),
+    )
+    _summarise(outcome, Console())
+
+
+@app.command()
+def evaluate(
+    bundle: Bundle,
+    images: Images,
+    masks: Masks = None,
+    split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Without it: val where there are parts.")] = None,
+    label: Labels = None,
+    json: Json = False,
+) -> None:
+    """Score a bundle on images with masks: one confusion matrix over the set, and the loss of each image."""
+    from perpixel.evaluate import evaluate as run
+    from perpixel.evaluate import render
+
+    with _live(json, "scoring") as progress:
+        result = run(bundle, images, masks, split=split, labels=_labels(label), progress=progress)
+    if json:
+        _print_json(result.to_json())
+    else:
+        render(result, Console())
+    if result.damaged:
+        raise typer.Exit(2)
+
+
+@app.command()
+def predict(
+    bundle: Bundle,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, folders, globs, TIFF stacks.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label images.")] = Path("labels"),
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also OUT/overlays: the labels' colours over the images.")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (classes, H, W).")] = False,
+) -> None:
+    """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size."""
+    from perpixel.predict import load, predict_files
+
+    console = Console()
+    with _live(False, "predicting") as progress:
+        result = predict_files(load(bundle), inputs, out, with_overlay=overlay, with_probabilities=probabilities, progress=progress)
+    console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
+    for why in result.damaged.values():
+        console.print(f"[yellow]left out[/] {escape(why)}")
+    if result.damaged:
+        raise typer.Exit(2)
+
+
+@app.command()
+def models() -> None:
+    """List what can be built, from which paper, with how many parameters."""
+    from perpixel.models import render
+
+    render(Console())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sample set and the run.")] = Path("perpixel-demo"),
+    minutes: Annotated[float, typer.Option(min=0.05, help="Wall-clock budget for training.")] = 1.75,
+) -> None:
+    """See it work: generate the sample set, check it, train, evaluate and predict, in under three minutes on two cores."""
+    from perpixel.demo import demo as run
+
+    run(out, minutes, Console())
+
+
+def main() -> None:
+    """The `perpixel` command. Bad input ends with one message and exit code 2, no traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; a training run goes on with --resume")
+        sys.exit(130)
+
+
+def _labels(options: list[str] | None) -> dict[int, int]:
+    from perpixel.data.masks import parse_label
+
+    return dict(parse_label(option) for option in options or [])
+
+
+def _print_json(content: object) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _summarise(outcome: "Outcome", console: Console) -> None:
+    scores, out = outcome.scores, escape(str(outcome.out))
+    console.print(
+        f"best at step {outcome.best_step} of {outcome.step}: mIoU [bold]{scores['miou']:.3f}[/], "
+        f"pixel accuracy [bold]{scores['pixel_accuracy']:.3f}[/] on {scores['images']} validation images"
+    )
+    console.print(f"[bold]{out}/best.safetensors[/]  next: perpixel predict {out}/best.safetensors YOUR-IMAGES -o labels --overlay")
+
+
+@contextmanager
+def _live(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error; nothing where a program reads."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, of, name: bar.update(task, completed=done, total=of, description=f"{what} {escape(name)}")

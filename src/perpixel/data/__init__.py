@@ -1,0 +1,1 @@
+"""Pictures and masks: reading, writing, pairing, transforming."""

@@ -1,0 +1,137 @@
+"""Pairs of image and mask as tensors, read once; and the endless stream of augmented samples, a pure function of (seed, number)."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from perpixel.data.images import read_image
+from perpixel.data.layouts import Pair
+from perpixel.data.masks import LabelMap, read_mask
+from perpixel.data.transforms import Augmentation
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its labels, as read: image (C, H, W), labels (H, W), weights (H, W) float32 or None."""
+
+    image: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    name: str
+
+
+def conform(image: np.ndarray, bands: int, dtype: str, source: str) -> np.ndarray:
+    """(C, H, W) of any depth as a model of `bands` and `dtype` expects it.
+
+    Grey is repeated for a three-band model and three equal bands are taken as one; depth is converted by full range (255 = 65535 = 1.0).
+
+    Raises:
+        ValueError: the bands differ in another way, or floats beyond 0..1 come to a model of integers.
+    """
+    if image.shape[0] == 1 and bands == 3:
+        image = np.repeat(image, 3, axis=0)
+    elif image.shape[0] == 3 and bands == 1 and np.array_equal(image[0], image[1]) and np.array_equal(image[0], image[2]):
+        image = image[:1]
+    if image.shape[0] != bands:
+        raise ValueError(f"{source}: {image.shape[0]} bands; this model was trained on {bands}. Give images with {bands} bands, or train on these.")
+    if image.dtype == dtype:
+        return image
+    full = {"uint8": 255, "uint16": 65535, "float32": 1.0}
+    if image.dtype == np.float32 and (image.min() < 0 or image.max() > 1):
+        found = f"float values from {image.min():g} to {image.max():g}"
+        raise ValueError(f"{source}: {found}; this model was trained on {dtype}. Give {dtype} values, or floats from 0 to 1.")
+    unit = image.astype(np.float32) / np.float32(full[str(image.dtype)])
+    return unit if dtype == "float32" else np.rint(unit.clip(0, 1) * full[dtype]).astype(dtype)
+
+
+class LabelledImages(Dataset[Example]):
+    """Images with labels, decoded at most once when `cache` is on.
+
+    Args:
+        pairs: every one with a mask.
+        label_map: from mask values to class indices.
+        bands, dtype: what the model expects; see `conform`.
+        weigh: labels (H, W) -> weights (H, W), such as U-Net's border weights; computed once per image.
+        cache: keep the decoded arrays in RAM.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        label_map: LabelMap,
+        bands: int,
+        dtype: str,
+        weigh: Callable[[np.ndarray], np.ndarray] | None = None,
+        cache: bool = True,
+    ) -> None:
+        self.pairs, self.label_map, self.bands, self.dtype, self.weigh = list(pairs), label_map, bands, dtype, weigh
+        self._kept: list[Example] | None = None
+        if cache:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._kept = list(pool.map(self._read, range(len(self.pairs))))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._kept[index] if self._kept is not None else self._read(index)
+
+    def _read(self, index: int) -> Example:
+        pair = self.pairs[index]
+        if pair.mask is None:
+            raise ValueError(f"{pair.image}: has no mask, so it can't be trained or scored on.")
+        image = conform(read_image(pair.image), self.bands, self.dtype, str(pair.image))
+        labels = self.label_map(read_mask(pair.mask), str(pair.mask))
+        if image.shape[1:] != labels.shape:
+            sizes = f"{image.shape[1]}x{image.shape[2]} but {pair.mask} is {labels.shape[0]}x{labels.shape[1]}"
+            raise ValueError(f"{pair.image} is {sizes} pixels (height x width). Image and mask must have equal size.")
+        weights = None if self.weigh is None else torch.from_numpy(self.weigh(labels))
+        return Example(torch.from_numpy(image), torch.from_numpy(labels), weights, pair.image.name)
+
+
+class SampleStream(Dataset[tuple[Tensor, Tensor, Tensor | None]]):
+    """Sample `number` of an endless, shuffled, augmented stream: a pure function of (seed, number), whatever came before.
+
+    Every image comes once per epoch of len(images) numbers.
+    """
+
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        epoch, place = divmod(number, len(self.images))
+        example = self.images[self._order(epoch)[place]]
+        return self.augmentation(example.image, example.labels, _generator(self.seed, 1, number), example.weights)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.images), generator=_generator(self.seed, 0, epoch)).tolist()
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Samples to a batch: images (N, C, h, w), labels (N, h, w), weights (N, h, w) or None."""
+    images, labels, weights = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels), None if weights[0] is None else torch.stack([w for w in weights if w is not None])
+
+
+def sample_numbers(first_step: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
+    """This process's share of each global batch, from `first_step` on, without end."""
+    share = batch // world
+    step = first_step
+    while True:
+        start = step * batch + rank * share
+        yield list(range(start, start + share))
+        step += 1
+
+
+def _generator(seed: int, purpose: int, number: int) -> torch.Generator:
+    """An own random stream for each (seed, purpose, number); NumPy's SeedSequence mixes them so that no two are alike."""
+    mixed = np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> 1))

@@ -1,0 +1,133 @@
+"""Read every pair of a set once, in threads, and keep what a diagnosis needs: a few kilobytes for each."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from perpixel.data.duplicates import Fingerprint, fingerprint
+from perpixel.data.images import read_image
+from perpixel.data.layouts import Pair
+from perpixel.data.masks import read_mask
+from perpixel.data.proposals import ValueCounter
+
+FULL = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value that stands for 1.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One usable pair."""
+
+    pair: Pair
+    size: tuple[int, int]  # height, width in pixels
+    bands: int
+    dtype: str
+    mean: np.ndarray  # (C,) float64, in units of FULL[dtype]
+    variance: np.ndarray  # (C,) float64, likewise squared
+    values: np.ndarray  # (V,) mask values, ascending, in the dtype of the mask
+    counts: np.ndarray  # (V,) int64 pixels of each
+    fingerprint: Fingerprint
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a pair can't be used. `mismatch`: both files are sound, but their sizes differ."""
+
+    pair: Pair
+    file: str
+    message: str
+    mismatch: bool = False
+
+
+def survey(
+    pairs: Sequence[Pair], progress: Callable[[int, int, str], None] | None = None
+) -> tuple[list[Reading], list[Fault], ValueCounter]:
+    """Readings and faults in the order of `pairs` (each with a mask), and the values of all usable masks."""
+    counter = ValueCounter()
+    readings: list[Reading] = []
+    faults: list[Fault] = []
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="survey")
+    try:
+        for done, result in enumerate(pool.map(lambda pair: _read(pair, counter), pairs), 1):
+            readings.append(result) if isinstance(result, Reading) else faults.append(result)
+            if progress:
+                progress(done, len(pairs), result.pair.image.name)
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest of the set
+    return readings, faults, counter
+
+
+def _read(pair: Pair, counter: ValueCounter) -> Reading | Fault:
+    if pair.mask is None:
+        raise ValueError(f"{pair.image}: only pairs with a mask can be surveyed.")
+    try:
+        image = read_image(pair.image)
+    except (ValueError, OSError) as error:
+        return Fault(pair, str(pair.image), str(error))
+    try:
+        mask = read_mask(pair.mask)
+    except (ValueError, OSError) as error:
+        return Fault(pair, str(pair.mask), str(error))
+    if image.shape[1:] != mask.shape:
+        return Fault(pair, str(pair.image), _mismatch(pair, image.shape[1:], mask.shape), mismatch=True)
+    counter.add(mask, pair.mask)
+    mean, variance = moments(image)
+    values, counts = value_counts(mask)
+    return Reading(pair, mask.shape, image.shape[0], str(image.dtype), mean, variance, values, counts, fingerprint(image))
+
+
+def _mismatch(pair: Pair, image: tuple[int, ...], mask: tuple[int, ...]) -> str:
+    hint = "One of them lies on its side; turn it." if image == mask[::-1] else "Redo the mask, or resize it by nearest neighbour."
+    return f"{pair.image} is {image[0]}x{image[1]} but {pair.mask} is {mask[0]}x{mask[1]} pixels (height x width). {hint}"
+
+
+def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each band of an image (C, H, W), in units of the full range of its dtype."""
+    full = FULL[str(image.dtype)]
+    if image.dtype != np.uint8:
+        return (
+            np.array([band.mean(dtype=np.float64) for band in image]) / full,
+            np.array([band.var(dtype=np.float64) for band in image]) / full**2,
+        )
+    # A histogram is exact, and needs no float64 copy of a large picture.
+    histograms = np.array([Image.fromarray(band).histogram() for band in image], dtype=np.float64) / (image.shape[1] * image.shape[2])
+    levels = np.arange(256) / full
+    mean = histograms @ levels
+    return mean, (histograms * (levels[None] - mean[:, None]) ** 2).sum(axis=1)
+
+
+def value_counts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a mask, ascending, and the pixels of each."""
+    if mask.dtype != np.uint8:
+        return np.unique(mask, return_counts=True)
+    counts = np.array(Image.fromarray(mask).histogram())
+    return np.flatnonzero(counts).astype(np.uint8), counts[counts > 0]
+
+
+def common_form(readings: Sequence[Reading]) -> tuple[int, str]:
+    """The bands and dtype that a model of this set works in: the most frequent; three bands where grey and colour are mixed."""
+    bands = Counter(reading.bands for reading in readings)
+    dtypes = Counter(reading.dtype for reading in readings)
+    most = 3 if {1, 3} <= bands.keys() and bands[1] + bands[3] > len(readings) / 2 else bands.most_common(1)[0][0]
+    return most, dtypes.most_common(1)[0][0]
+
+
+def pooled_moments(readings: Sequence[Reading], bands: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (bands,) over all pixels of all images; grey counts in every band.
+
+    Source: the parallel form of Chan, Golub & LeVeque 1979, which does not cancel where the mean is large.
+    """
+    weights = np.array([reading.pixels for reading in readings], dtype=np.float64)
+    weights /= weights.sum()
+    means = np.stack([np.broadcast_to(reading.mean, (bands,)) for reading in readings])
+    variances = np.stack([np.broadcast_to(reading.variance, (bands,)) for reading in readings])
+    mean = weights @ means
+    return mean, np.sqrt(weights @ (variances + (means - mean) ** 2))

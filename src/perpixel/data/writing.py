@@ -1,0 +1,117 @@
+"""Files that are either complete or not there: a temporary name, fsync, rename."""
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+VOID_COLOR = (224, 224, 192)  # index 255 of the Pascal VOC colour map: "void"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file name that becomes `path` when the block ends well.
+
+    The temporary file lies in the same folder (which is made if missing), hidden, with the same suffix. When the block ends it
+    is flushed to the disk and renamed onto `path`; whatever goes wrong before that, it is removed and an older `path` stays.
+
+    Raises:
+        OSError: when the disk (or a quota, or a file size limit) is full, with a message that says so; the block's own
+            exceptions pass through.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception) and _is_full(error):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            number = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
+            message = f"disk is full while writing {path} ({free:.0f} MB free, or a quota or file size limit is reached)"
+            raise OSError(number, f"{message}; nothing already written is lost. Make room and run the command again") from error
+        raise
+
+
+def _is_full(error: BaseException) -> bool:
+    """Libraries wrap the system's error (safetensors, torch.save), so the text and the causes count too."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        if "No space left" in str(seen) or "disk quota exceeded" in str(seen).lower():
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> None:
+    """Write class indices as a PNG: with the classes' palette when they are uint8, as 16-bit grey when they are uint16.
+
+    Args:
+        path: ends in .png.
+        labels: (H, W) uint8 or uint16. uint8 255 (uint16 65535) means ignore; uint8 255 is shown in Pascal VOC's void colour
+            (224, 224, 192), unless there are 256 colours.
+        colors: one RGB colour per class, 0..255.
+
+    Raises:
+        ValueError: if shape or type is another, or a uint8 label is neither a class nor 255.
+        OSError: see `replacing`.
+    """
+    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"{path}: labels have shape {labels.shape} and type {labels.dtype}; legal is (height, width), uint8 or uint16")
+    if labels.dtype == np.uint16:
+        _write_image(path, Image.fromarray(labels))
+        return
+    if len(colors) > 256:
+        raise ValueError(f"{path}: {len(colors)} colours do not fit a palette of 256; give the labels as uint16")
+    highest = int(labels.max(where=labels != 255, initial=0))
+    if labels.size and highest >= len(colors) and not (labels == 255).all():
+        raise ValueError(f"{path}: labels hold class {highest}, but there are {len(colors)} colours; give one colour per class")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[255] = VOID_COLOR
+    palette[: len(colors)] = np.asarray(colors, np.uint8).reshape(-1, 3)
+    image = Image.fromarray(labels).convert("L")
+    image.putpalette(palette.tobytes())
+    _write_image(path, image)
+
+
+def write_rgb(path: Path, rgb: np.ndarray) -> None:
+    """Write a picture for people to look at; the suffix chooses the format (.png, .jpg, ...).
+
+    Args:
+        path: where to.
+        rgb: (H, W, 3) uint8.
+
+    Raises:
+        ValueError: if shape or type is another, or the suffix is not that of a picture.
+        OSError: see `replacing`.
+    """
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"{path}: pixels have shape {rgb.shape} and type {rgb.dtype}; legal is (height, width, 3), uint8")
+    _write_image(path, Image.fromarray(rgb))
+
+
+def _write_image(path: Path, image: Image.Image) -> None:
+    """Encode in memory first: Pillow reports a full disk without saying which error it was."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: the suffix '{Path(path).suffix}' names no picture format; use .png")
+    encoded = io.BytesIO()
+    image.save(encoded, format=kind)
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())

@@ -1,0 +1,130 @@
+"""Models by name: `build` makes one, `describe` lists them. Each name is one line of a dict."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from perpixel.models.encoders import EncoderWeights
+from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.unet import unet, unet_paper
+
+MODELS: dict[str, Callable[..., SegmentationModel]] = {
+    "unet": unet,
+    "unet_paper": unet_paper,
+}
+
+# Recommended encoders; `unet` takes every timm network that gives feature maps.
+ENCODERS: dict[str, str] = {
+    "plain": "U-Net's own path with batch norm; no published weights",
+    "mobilenetv2_100": "the quickest on a processor",
+    "resnet18": "quick and robust",
+    "resnet34": "the default",
+    "efficientnet_b0": "few parameters",
+    "regnety_004": "few parameters, quick",
+    "convnext_atto": "the smallest ConvNeXt; first map at stride 4",
+    "vgg16_bn": "large and slow; first map at full resolution",
+}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of `perpixel models`; parameters as built for 2 classes with default options, margin in pixels."""
+
+    name: str
+    paper: str
+    year: int
+    parameters: int
+    margin: int
+    note: str
+
+
+_PAPERS: dict[str, tuple[str, int, str]] = {
+    "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
+    "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
+}
+
+
+def build(
+    name: str,
+    classes: int,
+    encoder: str | None = None,
+    encoder_weights: EncoderWeights = None,
+    in_channels: int | None = None,
+    *,
+    width: int | None = None,
+    dropout: float | None = None,
+    decoder_channels: Sequence[int] | None = None,
+    head_stride: int | None = None,
+    upsampling: str | None = None,
+    image_pooling: bool | None = None,
+) -> SegmentationModel:
+    """A model by its name in `MODELS`. Options left at None take the model's own default.
+
+    Args:
+        name: a key of `MODELS`.
+        classes: K, the number of logits per pixel.
+        encoder: "plain" or any timm network with feature maps.
+        encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
+        in_channels: bands of the image.
+        width, dropout, decoder_channels, head_stride, upsampling, image_pooling: as in the model's own function.
+
+    Raises:
+        ValueError: for an unknown name or encoder, and for an option that the model does not have.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown model {name!r}.{hint} Known: {', '.join(sorted(MODELS))}")
+    asked = {
+        "encoder": encoder,
+        "encoder_weights": encoder_weights or None,  # False says the same as None
+        "in_channels": in_channels,
+        "width": width,
+        "dropout": dropout,
+        "decoder_channels": decoder_channels,
+        "head_stride": head_stride,
+        "upsampling": upsampling,
+        "image_pooling": image_pooling,
+    }
+    given = {option: value for option, value in asked.items() if value is not None}
+    known = [parameter for parameter in inspect.signature(MODELS[name]).parameters if parameter != "classes"]
+    for option in given:
+        if option not in known:
+            raise ValueError(f"model {name!r} has no option {option!r}; it takes {', '.join(known)}")
+    return MODELS[name](classes, **given)
+
+
+def input_geometry(name: str, encoder: str | None = None) -> InputGeometry:
+    """The sizes that model `name` on `encoder` takes, without allocating it. Errors as in `build`."""
+    with torch.device("meta"):
+        return build(name, 2, encoder).geometry
+
+
+def describe() -> list[ModelRow]:
+    """What can be built, in the order of `MODELS`; nothing is allocated or downloaded."""
+    rows = []
+    for name, builder in MODELS.items():
+        with torch.device("meta"):
+            model = builder(classes=2)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        paper, year, note = _PAPERS[name]
+        rows.append(ModelRow(name, paper, year, parameters, model.geometry.margin, note))
+    return rows
+
+
+__all__ = [
+    "ENCODERS",
+    "MODELS",
+    "Features",
+    "InputGeometry",
+    "ModelRow",
+    "SegmentationModel",
+    "build",
+    "describe",
+    "input_geometry",
+    "unet",
+    "unet_paper",
+]

@@ -1,0 +1,112 @@
+"""What every model is made of: an encoder, a decoder, and the rule for the sizes they take."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Features:
+    """What an encoder saw.
+
+    Attributes:
+        maps: (N, C_i, H_i, W_i) each, finest first, at the strides the encoder states.
+        pool_indices: positions of the maxima of each pooling layer, finest first, from encoders that are asked for them (SegNet).
+    """
+
+    maps: list[Tensor]
+    pool_indices: list[Tensor] | None = None
+
+
+class Encoder(Protocol):
+    """Image -> `Features`. An `nn.Module` that states the channels and strides of its maps, finest first."""
+
+    channels: list[int]
+    strides: list[int]
+
+    def __call__(self, image: Tensor) -> Features: ...
+
+
+class Decoder(Protocol):
+    """`Features` and the size to label -> logits (N, K, *size). An `nn.Module`."""
+
+    def __call__(self, features: Features, size: tuple[int, int]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class InputGeometry:
+    """The image sides a model takes: `multiple * k + remainder`, at least `minimum`; and what it labels of them.
+
+    Attributes:
+        multiple: step between legal sides, in pixels.
+        remainder: a legal side modulo `multiple`.
+        margin: pixels at each border that are seen but not labelled (unpadded convolutions).
+        minimum: smallest legal side, in pixels.
+    """
+
+    multiple: int = 1
+    remainder: int = 0
+    margin: int = 0
+    minimum: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1 or not 0 <= self.remainder < self.multiple:
+            raise ValueError(f"multiple {self.multiple}, remainder {self.remainder}: need multiple >= 1 and 0 <= remainder < multiple")
+        if self.margin < 0 or self.minimum <= 2 * self.margin:
+            raise ValueError(f"margin {self.margin}, minimum {self.minimum}: need margin >= 0 and a minimum that leaves a pixel to label")
+
+    def fits(self, side: int) -> bool:
+        """Whether an image side of `side` pixels is legal."""
+        return side >= self.minimum and side % self.multiple == self.remainder
+
+    def fit(self, side: int) -> int:
+        """The smallest legal side that is at least `side` pixels."""
+        side = max(side, self.minimum)
+        return side + (self.remainder - side) % self.multiple
+
+    def describe(self) -> str:
+        """The rule in words, for messages: "sides of 16*k + 12, at least 188"."""
+        if self.multiple == 1:
+            return f"sides of at least {self.minimum}"
+        rest = f" + {self.remainder}" if self.remainder else ""
+        return f"sides of {self.multiple}*k{rest}, at least {self.fit(self.minimum)}"
+
+
+class SegmentationModel(nn.Module):
+    """Image -> logits of every pixel: `decoder(encoder(image), size)`."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, classes: int, geometry: InputGeometry) -> None:
+        super().__init__()
+        if classes < 1:
+            raise ValueError(f"a model needs at least 1 class, not {classes}")
+        if not (isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module)):
+            raise TypeError(f"encoder and decoder must be torch modules, not {type(encoder).__name__} and {type(decoder).__name__}")
+        self.encoder: nn.Module = encoder
+        self.decoder: nn.Module = decoder
+        self.classes = classes
+        self.geometry = geometry
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of a batch of images.
+
+        Args:
+            image: (N, C, H, W) float, normalised as in training; H and W as `geometry` says.
+
+        Returns:
+            (N, K, H - 2 * margin, W - 2 * margin) logits of K classes.
+
+        Raises:
+            ValueError: if `image` is not four-dimensional or its size is not legal.
+        """
+        if image.ndim != 4:
+            raise ValueError(f"image has shape {tuple(image.shape)}; a model takes (N, C, H, W). Add the missing axes, e.g. image[None]")
+        height, width = image.shape[-2:]
+        if not (self.geometry.fits(height) and self.geometry.fits(width)):
+            raise ValueError(
+                f"image is {height}x{width} pixels (height x width); this model needs {self.geometry.describe()}. "
+                f"Pad it to {self.geometry.fit(height)}x{self.geometry.fit(width)}, or call predict_tiled, which pads for you."
+            )
+        border = 2 * self.geometry.margin
+        logits: Tensor = self.decoder(self.encoder(image), (height - border, width - border))
+        return logits

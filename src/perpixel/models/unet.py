@@ -1,0 +1,210 @@
+"""U-Net. Source: Ronneberger, Fischer & Brox 2015, arXiv:1505.04597, Fig. 1."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perpixel.models.encoders import EncoderWeights, TimmEncoder, UNetPath, timm_encoder
+from perpixel.models.layers import (
+    ImagePooling,
+    Upsampling,
+    center_crop,
+    check_upsampling,
+    double_convolution,
+    initialise,
+    resize,
+    resize_logits,
+)
+from perpixel.models.model import Features, InputGeometry, SegmentationModel
+
+
+class UpConvolution(nn.Module):
+    """One step of the expansive path: 2x2 up-convolution, the skip's middle beside it, two unpadded 3x3 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        self.convolve = double_convolution(2 * channels, channels, padding=0, batch_norm=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.convolve(torch.cat([x, center_crop(skip, (x.shape[-2], x.shape[-1]))], dim=1))
+
+
+class UNetPaperDecoder(nn.Module):
+    """The expansive path of Fig. 1; crops 4, 16, 40 and 88 pixels off each side of the skips, coarsest first."""
+
+    def __init__(self, channels: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(UpConvolution(c) for c in reversed(channels[:-1]))
+        self.classify = nn.Conv2d(channels[0], classes, 1)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        x = features.maps[-1]  # (N, 16 * width, ...); the unpadded convolutions end at `size` by themselves
+        for stage, skip in zip(self.stages, reversed(features.maps[:-1]), strict=True):
+            x = stage(x, skip)
+        return self.classify(x)
+
+
+def unet_paper(classes: int, in_channels: int = 1, width: int = 64, dropout: float = 0.5) -> SegmentationModel:
+    """U-Net as published: unpadded, 572x572 -> 388x388; 31,030,658 parameters for 1 band and 2 classes.
+
+    Args:
+        classes: K.
+        in_channels: bands of the image.
+        width: maps of the first level, doubled at each of the four others; 64 in the paper.
+        dropout: share of values dropped at the end of the contracting path while training.
+
+    Deviations: none in the layer table. The paper leaves open where "the end of the contracting path" drops and how it counts the
+    inputs N of an up-convolution in N(0, 2/N): both follow the authors' release (after the last two levels, before the fourth one's
+    skip; N = 4 C_out). The release itself keeps 128 maps in its last up-convolution and puts ReLU after each: Fig. 1 holds here.
+    """
+    if width < 1:
+        raise ValueError(f"width is {width}; it must be at least 1")
+    encoder = UNetPath(in_channels, width, padding=0, batch_norm=False, dropout=dropout)
+    decoder = UNetPaperDecoder(encoder.channels, classes)
+    initialise(encoder)
+    initialise(decoder)
+    # Each level of unpadded convolutions and the poolings after it fix the phase: input = 16 k + 60, output = 16 k - 124, k >= 8.
+    return SegmentationModel(encoder, decoder, classes, InputGeometry(multiple=16, remainder=12, margin=92, minimum=188))
+
+
+class Stage(nn.Module):
+    """One step of `UNetDecoder`: upsample to the skip's size, append the skip, two 3x3 convolutions with batch norm."""
+
+    def __init__(self, channels_in: int, skip_channels: int, channels: int, upsampling: Upsampling) -> None:
+        super().__init__()
+        self.upsampling = upsampling
+        self.convolve = double_convolution(channels_in + skip_channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        x = resize(x, size, self.upsampling)
+        return self.convolve(x if skip is None else torch.cat([x, skip], dim=1))
+
+
+def decoder_stages(strides: Sequence[int], head_stride: int) -> list[tuple[int, int | None]]:
+    """The stride of every decoder stage, coarsest first, and the index of the encoder map it takes (None: no map at that stride).
+
+    Strides halve from stage to stage: an encoder that starts at stride 4 gets stages at 2 and 1 without a skip.
+    """
+    if head_stride < 1 or head_stride & (head_stride - 1) or head_stride > strides[-1]:
+        raise ValueError(f"head_stride is {head_stride}; it must be a power of two from 1 to {strides[-1]}, the encoder's coarsest stride")
+    stages: list[tuple[int, int | None]] = []
+    stride = strides[-1]
+    skips = [i for i in reversed(range(len(strides) - 1)) if strides[i] >= head_stride]
+    for target, index in [*((strides[i], i) for i in skips), (head_stride, None)]:
+        while stride > 2 * target or (index is None and stride > target):
+            stride //= 2
+            stages.append((stride, None))
+        if index is not None:
+            stages.append((target, index))
+            stride = target
+    return stages
+
+
+class UNetDecoder(nn.Module):
+    """The expansive path on any encoder: padded, batch-normalised, each stage at exactly the size of its skip.
+
+    Args:
+        channels: maps of the encoder, finest first.
+        strides: their strides.
+        classes: K.
+        decoder_channels: output channels of each stage, coarsest first; None halves from 256 down to 16.
+        head_stride: stride of the last stage; logits are resized bilinearly from there.
+        upsampling: "bilinear" or "nearest".
+        image_pooling: append the mean of the coarsest maps to each of their pixels.
+        dropout: share of whole maps dropped before the classifier while training.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        classes: int,
+        decoder_channels: Sequence[int] | None = None,
+        head_stride: int = 1,
+        upsampling: str = "bilinear",
+        image_pooling: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.plan = decoder_stages(strides, head_stride)
+        widths = _widths(decoder_channels, [stride for stride, _ in self.plan])
+        mode = check_upsampling(upsampling)
+        self.pool = ImagePooling(channels[-1]) if image_pooling else nn.Identity()
+        incoming = 2 * channels[-1] if image_pooling else channels[-1]
+        self.stages = nn.ModuleList()
+        for (_, index), width in zip(self.plan, widths, strict=True):
+            self.stages.append(Stage(incoming, 0 if index is None else channels[index], width, mode))
+            incoming = width
+        self.drop = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(incoming, classes, 1)
+        initialise(self)
+        # Small first logits: training starts from a cost of log K whatever the encoder's maps look like.
+        nn.init.normal_(self.classify.weight, std=0.01)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        x = self.pool(features.maps[-1])
+        for stage, (stride, index) in zip(self.stages, self.plan, strict=True):
+            skip = None if index is None else features.maps[index]
+            height, width = (-(-size[0] // stride), -(-size[1] // stride)) if skip is None else skip.shape[-2:]
+            x = stage(x, skip, (height, width))
+        return resize_logits(self.classify(self.drop(x)), size)
+
+
+def _widths(decoder_channels: Sequence[int] | None, strides: list[int]) -> list[int]:
+    if decoder_channels is None:
+        return [max(256 >> i, 16) for i in range(len(strides))]
+    if len(decoder_channels) != len(strides) or min(decoder_channels, default=1) < 1:
+        raise ValueError(
+            f"decoder_channels is {tuple(decoder_channels)}; this encoder's decoder has {len(strides)} stages, "
+            f"at strides {', '.join(map(str, strides))}: give {len(strides)} positive numbers, coarsest first"
+        )
+    return list(decoder_channels)
+
+
+def unet(
+    classes: int,
+    encoder: str = "resnet34",
+    encoder_weights: EncoderWeights = None,
+    in_channels: int = 3,
+    decoder_channels: Sequence[int] | None = None,
+    width: int = 32,
+    head_stride: int = 1,
+    upsampling: str = "bilinear",
+    image_pooling: bool = False,
+    dropout: float = 0.0,
+) -> SegmentationModel:
+    """U-Net's decoder on any encoder; labels every pixel of the image.
+
+    Args:
+        classes: K.
+        encoder: any timm network with feature maps, or "plain": the paper's path, padded and with batch norm.
+        encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
+        in_channels: bands of the image.
+        decoder_channels: output channels of each decoder stage, coarsest first; None halves from 256 down to 16
+            (and mirrors the path for "plain").
+        width: maps of the first level of the "plain" encoder; others have their own.
+        head_stride: 1 decodes to full resolution; 2 or 4 stop there and resize the logits bilinearly: faster, edges a little softer.
+        upsampling: "bilinear" or "nearest", between decoder stages.
+        image_pooling: give the coarsest maps their mean over the image as context.
+        dropout: share of whole maps dropped before the classifier while training.
+
+    Raises:
+        ValueError: for an unknown encoder or illegal option, and for weights that do not belong to the encoder.
+    """
+    path: TimmEncoder | UNetPath
+    if encoder == "plain":
+        if encoder_weights:
+            raise ValueError(f"encoder_weights is {encoder_weights!r}, but no weights are published for encoder 'plain'; leave it out")
+        path = UNetPath(in_channels, width)
+        initialise(path)
+        if decoder_channels is None:
+            decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
+    else:
+        path = timm_encoder(encoder, in_channels, encoder_weights)
+    decoder = UNetDecoder(path.channels, path.strides, classes, decoder_channels, head_stride, upsampling, image_pooling, dropout)
+    coarsest = max(path.strides)
+    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
+    return SegmentationModel(path, decoder, classes, InputGeometry(multiple=coarsest, minimum=2 * coarsest))

@@ -1,0 +1,93 @@
+"""What moves the weights: the optimiser, the learning rate over the run, the averaged weights."""
+
+import copy
+import math
+import time
+
+import torch
+
+from perpixel.models.model import SegmentationModel
+from perpixel.recipe import TrainSection
+
+
+class Clock:
+    """How far the run is, by steps or by minutes.
+
+    Args:
+        started: `time.monotonic()` at the call of the command, so that reading the data counts too.
+        before: seconds that an interrupted run had used.
+    """
+
+    def __init__(self, section: TrainSection, started: float, before: float) -> None:
+        self.section, self.started, self.before = section, started, before
+        self.reserve = 0.0  # seconds kept for the last validation, known after the first
+        self.first: tuple[int, float] | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds used so far, with those before an interruption."""
+        return self.before + time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        """0 at the start, 1 at the end."""
+        if self.section.steps is not None:
+            return min(1.0, step / self.section.steps)
+        return min(1.0, self.elapsed / max(1e-9, 60 * (self.section.minutes or 0) - self.reserve))
+
+    def left(self, step: int) -> float:
+        """Seconds until the end, as far as one can tell."""
+        if self.section.minutes is not None:
+            return max(0.0, 60 * self.section.minutes - self.elapsed)
+        if self.first is None:
+            self.first = (step, time.monotonic())
+        done = max(1, step - self.first[0])
+        return ((self.section.steps or 0) - step) * (time.monotonic() - self.first[1]) / done
+
+
+def learning_rate(section: TrainSection, progress: float) -> float:
+    """Factor on the learning rate at `progress` 0..1: linear warm-up, then the schedule.
+
+    "poly": (1 - t)^power (DeepLab v2, arXiv:1606.00915, section 4.1). "one_cycle": half a cosine down to 0 (Smith & Topin 2018,
+    arXiv:1708.07120, in the annealed form that is common today). "constant": 1.
+    """
+    if progress < section.warmup:
+        return 0.04 + 0.96 * progress / section.warmup
+    if section.schedule == "constant":
+        return 1.0
+    t = (progress - section.warmup) / (1 - section.warmup)
+    return (1 - t) ** section.poly_power if section.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * t))
+
+
+def make_optimizer(model: SegmentationModel, section: TrainSection) -> torch.optim.Optimizer:
+    """AdamW or SGD; the encoder at its own rate, biases and norms without weight decay.
+
+    Each group carries `scale`, its factor on the learning rate of the run.
+    """
+    groups = []
+    for part, scale in ((model.encoder, section.encoder_lr_scale), (model.decoder, 1.0)):
+        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        for decays in (True, False):
+            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
+            if chosen:
+                groups.append({"params": chosen, "scale": scale, "weight_decay": section.weight_decay if decays else 0.0})
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=section.lr, fused=True)
+    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=True)
+
+
+class Average:
+    """Exponential moving average of weights and buffers; young averages forget faster, so short runs are not held back."""
+
+    def __init__(self, model: SegmentationModel, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: SegmentationModel, step: int) -> None:
+        """Moves the average towards `model` after update number `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own, new = list(self.model.state_dict().values()), list(model.state_dict().values())
+        floating = [i for i, tensor in enumerate(own) if tensor.is_floating_point()]
+        torch._foreach_lerp_([own[i] for i in floating], [new[i] for i in floating], 1 - decay)
+        for i in set(range(len(own))) - set(floating):
+            own[i].copy_(new[i])

@@ -1,0 +1,254 @@
+"""From a checked data set and this machine to a full recipe, with one reason per choice."""
+
+import math
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from safetensors import safe_open
+
+from perpixel.check import Check
+from perpixel.models import InputGeometry, build
+from perpixel.recipe import Recipe, merge
+
+MAX_CROP = {"cpu": 320, "cuda": 512}  # pixels a side
+DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value
+PHOTO_ENCODER = {"cpu": "mobilenetv2_100", "cuda": "resnet34"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run may use. Memory in bytes."""
+
+    cores: int
+    memory: int
+    gpu: str | None
+    gpu_memory: int
+    bf16: bool  # matrix units for bfloat16: AMX or AVX512-BF16 on a CPU, compute capability 8.0 on a GPU
+
+    @property
+    def words(self) -> str:
+        on = f"{self.gpu} with {self.gpu_memory / 2**30:.0f} GiB" if self.gpu else f"{self.cores} CPU cores, {self.memory / 2**30:.0f} GiB"
+        return f"{on}, {'bf16' if self.bf16 else 'no bf16'}"
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Machine(cores, memory, properties.name, properties.total_memory, torch.cuda.get_device_capability(0) >= (8, 0))
+    return Machine(cores, memory, None, 0, torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Choices:
+    """Values by dotted key, each with its reason; what the user gave wins over what is proposed."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, self.taken, self.reasons = given, dict[str, Any](), dict[str, str]()
+
+    def take(self, key: str, proposal: Any, reason: str) -> Any:
+        """Settles `key`; returns the value in force."""
+        value, asked = proposal, False
+        node: Any = self.given
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                break
+            node = node[part]
+        else:
+            value, asked = node, True
+        section: dict[str, Any] = self.taken
+        *sections, last = key.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = value
+        self.reasons[key] = f"{_words(value)} - {'as you asked' if asked and value != proposal else reason}"
+        return value
+
+
+def plan(
+    report: Check, machine: Machine, given: Mapping[str, Any], *, steps: int | None = None, minutes: float | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """A full recipe for a data set on a machine.
+
+    Args:
+        report: of a set that is ready.
+        given: parts of a recipe that win over every choice made here.
+        steps, minutes: where the run ends, at most one of them; with neither, steps are chosen.
+
+    Returns:
+        The recipe, and for each planned key `value - reason`.
+
+    Raises:
+        ValueError: the parts given do not fit together or have illegal values.
+    """
+    choices = Choices(given)
+    _plan_data(choices, report)
+    _plan_model(choices, report, machine)
+    _plan_batches(choices, report, machine)
+    _plan_optimisation(choices, report, machine)
+    _plan_length(choices, report, machine, steps, minutes)
+    lengths = {key: choices.taken["train"].get(key) for key in ("steps", "minutes")}
+    recipe = Recipe.model_validate(merge(choices.taken, given, {"train": lengths} if any(lengths.values()) else {}))
+    return recipe, choices.reasons
+
+
+def _plan_data(choices: Choices, report: Check) -> None:
+    where = f"found in the layout '{report.layout}'"
+    choices.take("data.classes", report.classes, where)
+    choices.take("data.colors", [list(color) for color in report.colors], "from the masks' palette, or the Pascal VOC colours")
+    choices.take("data.label_map", report.label_map.to_dict(), f"masks hold {report.encoding}")
+    choices.take("data.bands", report.bands, "bands of the images")
+    choices.take("data.dtype", report.dtype, "depth of the images")
+
+
+def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
+    name = choices.take("model.name", "unet", "the surest choice from few images to many")
+    if name.endswith("_paper"):
+        return
+    weights = _given(choices.given, "model.encoder_weights")
+    encoder, reason = _propose_encoder(report, machine, weights)
+    encoder = choices.take("model.encoder", encoder, reason)
+    if encoder != "plain":
+        online = weights is None and _hub_is_reachable()
+        choices.take("model.encoder_weights", True if online else None, "published weights are downloaded" if online else "no hub can be reached: from scratch")
+
+
+def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
+    if isinstance(weights, str):
+        return encoder_of(Path(weights)), f"the encoder that {Path(weights).name} was made for"
+    photo = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"]
+    if report.bands != 3 or report.dtype != "uint8":
+        return "plain", f"{report.bands} band{'s' * (report.bands != 1)} of {report.dtype} are no photographs: the U-Net path, from scratch"
+    if weights or _hub_is_reachable():
+        return photo, f"8-bit RGB: ImageNet weights help, and this one suits {machine.gpu or 'a processor'}"
+    return "plain", "no hub can be reached for ImageNet weights (give a file: --set model.encoder_weights=FILE): the U-Net path, from scratch"
+
+
+def encoder_of(weights: Path) -> str:
+    """The timm network that a file of weights is for: by its metadata `layout`, else by its name."""
+    words = _metadata(weights).get("layout", "").split()
+    return words[-1] if words[:1] == ["timm"] else weights.stem
+
+
+def input_statistics(encoder: str, weights: bool | str | None, report: Check) -> tuple[list[float], list[float], str]:
+    """Mean and standard deviation per band that the encoder expects of its input, 0..1, and the reason."""
+    if report.bands == 3 and isinstance(weights, str):
+        stated = re.search(r"mean ([\d.]+), std ([\d.]+)", _metadata(Path(weights)).get("input", ""))
+        if stated:
+            return [float(stated[1])] * 3, [float(stated[2])] * 3, f"stated in {Path(weights).name}"
+    if report.bands == 3 and weights:
+        published = timm.get_pretrained_cfg(encoder)
+        if published is not None:
+            return list(published.mean), list(published.std), f"as {encoder} was trained by timm"
+    return report.mean, report.std, "measured on the training images"
+
+
+def _metadata(weights: Path) -> dict[str, str]:
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return {}
+    with safe_open(weights, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _hub_is_reachable() -> bool:
+    """Whether weights can be downloaded, found out in at most two seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        return False
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    try:
+        socket.create_connection((host, 443), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
+    """Crop and batch from the images' size, the model's geometry and the machine."""
+    geometry = _geometry(choices, report)
+    heights, widths = zip(*report.sizes, strict=True)
+    largest = MAX_CROP["cuda" if machine.gpu else "cpu"] + 2 * geometry.margin
+    crop = [_crop_side(side, largest, geometry) for side in (_typical(report, heights, 0), _typical(report, widths, 1))]
+    crop = choices.take("train.crop", crop, f"the images' typical size, at most {largest}, as {choices.taken['model']['name']} takes it")
+    if not all(geometry.fits(side) for side in crop):
+        legal = "x".join(str(geometry.fit(side)) for side in crop)
+        raise ValueError(f"train.crop is {crop[0]}x{crop[1]}; {choices.taken['model']['name']} needs {geometry.describe()}. The nearest is {legal}.")
+    choices.take("train.batch", 16 if machine.gpu else 8, "enough for batch norm, small enough for many steps")
+    precision = "bf16-mixed" if machine.bf16 else "32-true"
+    choices.take("train.precision", precision, f"this machine ({machine.words})")
+    decoded = sum(height * width * count for (height, width), count in report.sizes.items()) * (report.bands * DEPTH[report.dtype] + 1)
+    choices.take("train.cache", decoded < machine.memory / 4, f"decoded images take {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
+    workers = min(8, machine.cores - 1) if machine.gpu else 0
+    choices.take("train.workers", workers, "processes that augment while the GPU works" if workers else "augmentation is quick beside a processor's own work")
+
+
+def _typical(report: Check, sides: Any, axis: int) -> int:
+    """The median side, in pixels."""
+    every = sorted(size[axis] for size, count in report.sizes.items() for _ in range(count))
+    return every[len(every) // 2]
+
+
+def _crop_side(side: int, largest: int, geometry: InputGeometry) -> int:
+    """The legal side nearest below the image's side and the largest wanted, or the smallest legal one above."""
+    wanted = min(side, largest)
+    fitted = geometry.fit(wanted)
+    return fitted if fitted == wanted or fitted - geometry.multiple < geometry.minimum else fitted - geometry.multiple * (fitted > largest)
+
+
+def _geometry(choices: Choices, report: Check) -> InputGeometry:
+    model = choices.taken["model"]
+    options = _given(choices.given, "model.options") or model.get("options", {})
+    with torch.device("meta"):
+        return build(model["name"], len(report.classes), encoder=model.get("encoder"), in_channels=report.bands, **options).geometry
+
+
+def _plan_optimisation(choices: Choices, report: Check, machine: Machine) -> None:
+    model = choices.taken["model"]
+    pretrained = bool(model.get("encoder_weights"))
+    mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
+    choices.take("data.mean", mean, reason)
+    choices.take("data.std", std, reason)
+    choices.take("train.lr", 1e-3, "AdamW's usual rate for this model")
+    choices.take("train.encoder_lr_scale", 0.5 if pretrained else 1.0, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
+    choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
+    photo = report.bands == 3 and report.dtype == "uint8"
+    choices.take("train.augment.scale", [0.6, 1.6], "objects come in many sizes" )
+    choices.take("train.augment.flip_horizontal", True, "left and right are alike in most pictures")
+    if not photo:
+        choices.take("train.augment.flip_vertical", True, "no up and down under a microscope")
+        choices.take("train.augment.rotate90", True, "no up and down under a microscope")
+    choices.take("train.augment.brightness", 0.2, "light differs from image to image")
+    choices.take("train.augment.contrast", 0.2, "light differs from image to image")
+
+
+def _plan_length(choices: Choices, report: Check, machine: Machine, steps: int | None, minutes: float | None) -> None:
+    asked = steps is not None or minutes is not None
+    given = {key: _given(choices.given, f"train.{key}") for key in ("steps", "minutes")}
+    if asked or not any(given.values()):
+        batch, images = choices.taken["train"]["batch"], len(report.split("train"))
+        epochs = math.ceil(min(20_000, max(400, 60 * images / batch)))
+        chosen = {"steps": steps if asked else epochs, "minutes": minutes}
+        for key, value in chosen.items():
+            choices.taken["train"][key] = value
+            if value is not None:
+                choices.reasons[f"train.{key}"] = f"{value} - " + ("as you asked" if asked else f"{epochs * batch / images:.0f} passes over {images} images")
+
+
+def _given(given: Mapping[str, Any], key: str) -> Any:
+    node: Any = given
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _words(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

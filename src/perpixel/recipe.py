@@ -1,0 +1,224 @@
+"""A recipe: the typed description of one run, as one YAML file.
+
+A file, and each `--set key=value`, may name any part of a recipe; what it leaves out is planned from the data and the machine.
+A key that does not exist is an error that names the file and the nearest key that does.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Section(BaseModel):
+    """One part of a recipe. Unknown keys are errors, values are checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataSection(Section):
+    """What the model is trained on, as `perpixel check` found it."""
+
+    images: str = ""
+    masks: str | None = None
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    split_seed: int = 0
+    classes: list[str] = []
+    colors: list[tuple[int, int, int]] = []
+    label_map: dict[str, Any] = {}
+    bands: int = Field(3, ge=1)
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    mean: list[float] = []
+    std: list[float] = []
+
+
+class ModelSection(Section):
+    """Arguments of `perpixel.build`."""
+
+    name: str = "unet"
+    encoder: str | None = None
+    encoder_weights: bool | str | None = None
+    options: dict[str, Any] = {}
+
+
+class AugmentSection(Section):
+    """Arguments of `perpixel.data.transforms.Augmentation`."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip_horizontal: bool = True
+    flip_vertical: bool = False
+    rotate90: bool = False
+    rotation: float = Field(0.0, ge=0, le=180)
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    elastic_sigma: float = Field(0.0, ge=0)
+    rare_class_probability: float = Field(0.0, ge=0, le=1)
+
+
+class LossTerm(Section):
+    """One summand of the loss of a sample."""
+
+    name: Literal["cross_entropy", "dice", "focal", "lovasz_softmax"]
+    weight: float = Field(1.0, gt=0)
+
+
+class TrainSection(Section):
+    """How the weights are found. Either `steps` or `minutes` ends the run."""
+
+    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    batch: int = Field(8, ge=1)
+    crop: tuple[int, int] = (256, 256)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    encoder_lr_scale: float = Field(1.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-2, ge=0)
+    schedule: Literal["poly", "one_cycle", "constant"] = "one_cycle"
+    warmup: float = Field(0.1, ge=0, lt=1)
+    poly_power: float = Field(0.9, gt=0)
+    clip: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    freeze_batch_norm: bool = False
+    loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["none", "median_frequency", "inverse_log"] = "none"
+    border_weights: bool = False
+    augment: AugmentSection = AugmentSection()
+    validations: int = Field(10, ge=1)
+    workers: int = Field(0, ge=0)
+    cache: bool = True
+    seed: int = 0
+
+
+class PredictSection(Section):
+    """How large an image the model sees at once, in pixels of the labelled window."""
+
+    tile: int = Field(1024, ge=1)
+    overlap: int = Field(64, ge=0)
+
+
+class Recipe(Section):
+    """One run. Written to RUN/recipe.yaml; `perpixel train --recipe` takes it back."""
+
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    predict: PredictSection = PredictSection()
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with perpixel."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in (files("perpixel") / "recipes").iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The parts of a recipe that a shipped name or a YAML file states, checked.
+
+    Raises:
+        ValueError: unknown name, unreadable file, unknown key or illegal value; the message names the file and the key.
+    """
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        if str(source) not in shipped():
+            raise ValueError(f"unknown recipe {str(source)!r}.{_nearest(str(source), shipped())} Known: {', '.join(shipped())}; or give a YAML file.")
+        text = (files("perpixel") / "recipes" / f"{source}.yaml").read_text("utf-8")
+    else:
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: this recipe can't be read ({error}). Give a YAML file or one of: {', '.join(shipped())}.") from error
+    try:
+        parts = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(parts, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, train, predict), got {type(parts).__name__}.")
+    check_parts(parts, str(source))
+    return parts
+
+
+def read_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`["train.lr=0.01", ...]` as nested parts of a recipe, checked. Values are YAML: 3, 0.1, true, null, [256, 256], text."""
+    parts: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {setting}: give key=value, for example --set train.lr=0.01")
+        node = parts
+        *sections, last = key.strip().split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {setting}: {section} already has the value {node!r}, so it can't have the key {last!r}.")
+        node[last] = _number_or_yaml(value)
+    check_parts(parts, "--set")
+    return parts
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another; the later wins. Lists are replaced whole."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def check_parts(parts: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError that names `source` and the key, where a part of a recipe has an unknown key or an illegal value."""
+    try:
+        Recipe.model_validate(parts)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def to_yaml(recipe: Recipe, reasons: Mapping[str, str] | None = None) -> str:
+    """The recipe as YAML, the reason for each choice as a comment above it all."""
+    head = [f"# {key}: {reason}" for key, reason in (reasons or {}).items()]
+    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=140)
+    return "\n".join([*head, body])
+
+
+def _number_or_yaml(value: str) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):
+        try:
+            return float(parsed)
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem in our words: the dotted key, what came, what is legal."""
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key;{_nearest(where[-1], _keys(where[:-1])).replace('Did', 'did') or ' known: ' + ', '.join(_keys(where[:-1]))}"
+    return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+def _keys(where: Sequence[str]) -> list[str]:
+    """The legal keys of the section at a dotted place."""
+    section: type[BaseModel] = Recipe
+    for part in where:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return list(LossTerm.model_fields)  # the only section that stands in a list
+        section = annotation
+    return list(section.model_fields)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
