@@ -92,6 +92,13 @@ def test_focal_with_gamma_zero_is_cross_entropy():
     torch.testing.assert_close(focal(logits, labels, gamma=0.0), cross_entropy(logits, labels))
 
 
+def test_focal_below_gamma_one_has_a_finite_gradient_where_the_model_is_sure_and_right():
+    """The derivative of x^0.5 is infinite at x = 0, which a confident model reaches."""
+    logits = torch.tensor([100.0, 0.0]).view(1, 2, 1, 1).requires_grad_()
+    focal(logits, torch.zeros(1, 1, 1, dtype=torch.long), gamma=0.5).sum().backward()
+    assert not logits.grad.any()
+
+
 def test_focal_of_a_known_probability():
     """p = 0.9, gamma = 2: the loss is 100 times smaller than cross entropy (Lin et al. 2017, section 3.2)."""
     logits = torch.tensor([math.log(0.9), math.log(0.1)]).view(1, 2, 1, 1)
@@ -118,6 +125,12 @@ def test_dice_of_even_odds_worked_out_by_hand():
     """4 pixels, 3 of class 0, p = 1/2: Dice 2 * 1.5 / (2 + 3) = 0.6 and 2 * 0.5 / (2 + 1) = 1/3."""
     labels = torch.tensor([[[0, 0], [0, 1]]])
     assert dice(torch.zeros(1, 2, 2, 2), labels).item() == pytest.approx(1 - (0.6 + 1 / 3) / 2)
+
+
+def test_dice_counts_thousands_of_pixels_exactly():
+    """All of class 0 at even odds: 2 P/2 / (P/2 + P) = 2/3 for any P; 4095 is no bfloat16 number."""
+    found = dice(torch.zeros(1, 2, 63, 65, dtype=torch.bfloat16), torch.zeros(1, 63, 65, dtype=torch.uint8))
+    assert found.item() == pytest.approx(1 / 3)
 
 
 def jaccard_loss(truth, guess):

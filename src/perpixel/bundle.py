@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perpixel.data.writing import replacing
 from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Normalize
+from perpixel.data.writing import replacing
 from perpixel.models import build
 from perpixel.models.model import SegmentationModel
 
@@ -91,19 +91,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as raw:
             head = raw.read(4)
         pickled = head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04"
-        why = "it looks like a pickle, which perpixel never executes" if pickled else f"it is damaged, cut short or something else ({error})"
+        why = "it looks like a pickle, which perpixel never executes" if pickled else f"it is damaged or cut short ({error})"
         raise ValueError(f"{path}: not a bundle: {why}. A bundle is written by `perpixel train` as RUN/best.safetensors.") from None
 
 
 def read_card(path: Path, metadata: Mapping[str, str]) -> Card:
     """The card in a bundle's metadata; ValueError where there is none, or a newer perpixel wrote it."""
     if "perpixel" not in metadata:
-        raise ValueError(f"{path}: a safetensors file, but not a bundle: it has no perpixel metadata. A bundle is written by `perpixel train`.")
+        raise ValueError(f"{path}: not a bundle: safetensors without perpixel's metadata. A bundle is written by `perpixel train`.")
     try:
         raw = json.loads(metadata["perpixel"])
         if int(raw.get("format", 0)) > FORMAT:
             raise ValueError(
-                f"{path}: made by perpixel {raw.get('perpixel', '?')} (bundle format {raw['format']}); this perpixel reads up to format {FORMAT}. "
+                f"{path}: made by perpixel {raw.get('perpixel', '?')} (bundle format {raw['format']}); this one reads up to format {FORMAT}. "
                 "Update perpixel: python -m pip install --upgrade perpixel"
             )
         return Card.model_validate(raw)
@@ -124,4 +124,4 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not belong to the model '{card.model}' that the bundle names: {error}") from None
-    return Bundle(model.eval().to(device, memory_format=torch.channels_last), card)
+    return Bundle(model.eval().to(device).to(memory_format=torch.channels_last), card)

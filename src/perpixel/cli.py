@@ -24,7 +24,9 @@ Images = Annotated[Path, typer.Argument(help="Folder of images, list file, TIFF 
 Masks = Annotated[Path | None, typer.Argument(help="Folder of masks or TIFF stack; left out where IMAGES holds both.")]
 Bundle = Annotated[Path, typer.Argument(help="A .safetensors file written by `perpixel train`.")]
 Classes = Annotated[str | None, typer.Option(help="Class names: a file with one per line, or a,b,c.")]
-Labels = Annotated[list[str] | None, typer.Option("--label", help="What a mask value means: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="A mask value's meaning: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 
@@ -53,7 +55,7 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe, or a YAML file with any part of one.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock budget; the schedule fits itself to it.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the plan: --set train.lr=0.001", show_default=False)] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan: train.lr=0.001", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     classes: Classes = None,
     label: Labels = None,
@@ -82,7 +84,7 @@ def evaluate(
     bundle: Bundle,
     images: Images,
     masks: Masks = None,
-    split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Without it: val where there are parts.")] = None,
+    split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Else val where there are parts.")] = None,
     label: Labels = None,
     json: Json = False,
 ) -> None:

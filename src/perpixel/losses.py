@@ -7,7 +7,7 @@ precision of the model, inside autocast too. Where a sample has no labelled pixe
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -414,12 +414,10 @@ def _row_slopes(errors: np.ndarray, truth: np.ndarray, labelled: np.ndarray, slo
             union += 1
 
 
-def _cells(labels: np.ndarray, not_cells: Sequence[int], reach: int) -> list[tuple[tuple[slice, slice], np.ndarray]]:
+def _cells(labels: np.ndarray, not_cells: Sequence[int], reach: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """Each cell as a mask within its bounding box widened by `reach` pixels, with the box."""
-    cells = []
     for value in np.setdiff1d(labels, not_cells):
         components, _ = ndimage.label(labels == value)
         for number, box in enumerate(ndimage.find_objects(components), 1):
             rows, columns = (slice(max(side.start - reach, 0), side.stop + reach) for side in box)
-            cells.append(((rows, columns), components[rows, columns] == number))
-    return cells
+            yield (rows, columns), components[rows, columns] == number

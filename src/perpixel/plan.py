@@ -119,7 +119,11 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     encoder = choices.take("model.encoder", encoder, reason)
     if encoder != "plain":
         online = weights is None and _hub_is_reachable()
-        choices.take("model.encoder_weights", True if online else None, "published weights are downloaded" if online else "no hub can be reached: from scratch")
+        choices.take(
+            "model.encoder_weights",
+            True if online else None,
+            "published weights are downloaded" if online else "no hub can be reached: from scratch",
+        )
 
 
 def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
@@ -130,7 +134,10 @@ def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str
         return "plain", f"{report.bands} band{'s' * (report.bands != 1)} of {report.dtype} are no photographs: the U-Net path, from scratch"
     if weights or _hub_is_reachable():
         return photo, f"8-bit RGB: ImageNet weights help, and this one suits {machine.gpu or 'a processor'}"
-    return "plain", "no hub can be reached for ImageNet weights (give a file: --set model.encoder_weights=FILE): the U-Net path, from scratch"
+    return (
+        "plain",
+        "no hub can be reached for ImageNet weights (give a file: --set model.encoder_weights=FILE): the U-Net path, from scratch",
+    )
 
 
 def encoder_of(weights: Path) -> str:
@@ -180,14 +187,22 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     crop = choices.take("train.crop", crop, f"the images' typical size, at most {largest}, as {choices.taken['model']['name']} takes it")
     if not all(geometry.fits(side) for side in crop):
         legal = "x".join(str(geometry.fit(side)) for side in crop)
-        raise ValueError(f"train.crop is {crop[0]}x{crop[1]}; {choices.taken['model']['name']} needs {geometry.describe()}. The nearest is {legal}.")
+        raise ValueError(
+            f"train.crop is {crop[0]}x{crop[1]}; {choices.taken['model']['name']} needs {geometry.describe()}. The nearest is {legal}."
+        )
     choices.take("train.batch", 16 if machine.gpu else 8, "enough for batch norm, small enough for many steps")
     precision = "bf16-mixed" if machine.bf16 else "32-true"
     choices.take("train.precision", precision, f"this machine ({machine.words})")
     decoded = sum(height * width * count for (height, width), count in report.sizes.items()) * (report.bands * DEPTH[report.dtype] + 1)
-    choices.take("train.cache", decoded < machine.memory / 4, f"decoded images take {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
+    choices.take(
+        "train.cache", decoded < machine.memory / 4, f"decoded images take {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB"
+    )
     workers = min(8, machine.cores - 1) if machine.gpu else 0
-    choices.take("train.workers", workers, "processes that augment while the GPU works" if workers else "augmentation is quick beside a processor's own work")
+    choices.take(
+        "train.workers",
+        workers,
+        "processes that augment while the GPU works" if workers else "augmentation is quick beside a processor's own work",
+    )
 
 
 def _typical(report: Check, sides: Any, axis: int) -> int:
@@ -217,10 +232,14 @@ def _plan_optimisation(choices: Choices, report: Check, machine: Machine) -> Non
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
     choices.take("train.lr", 1e-3, "AdamW's usual rate for this model")
-    choices.take("train.encoder_lr_scale", 0.5 if pretrained else 1.0, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
+    choices.take(
+        "train.encoder_lr_scale",
+        0.5 if pretrained else 1.0,
+        "the encoder is trained already" if pretrained else "the encoder learns from scratch",
+    )
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     photo = report.bands == 3 and report.dtype == "uint8"
-    choices.take("train.augment.scale", [0.6, 1.6], "objects come in many sizes" )
+    choices.take("train.augment.scale", [0.6, 1.6], "objects come in many sizes")
     choices.take("train.augment.flip_horizontal", True, "left and right are alike in most pictures")
     if not photo:
         choices.take("train.augment.flip_vertical", True, "no up and down under a microscope")
@@ -239,7 +258,9 @@ def _plan_length(choices: Choices, report: Check, machine: Machine, steps: int |
         for key, value in chosen.items():
             choices.taken["train"][key] = value
             if value is not None:
-                choices.reasons[f"train.{key}"] = f"{value} - " + ("as you asked" if asked else f"{epochs * batch / images:.0f} passes over {images} images")
+                choices.reasons[f"train.{key}"] = f"{value} - " + (
+                    "as you asked" if asked else f"{epochs * batch / images:.0f} passes over {images} images"
+                )
 
 
 def _given(given: Mapping[str, Any], key: str) -> Any:

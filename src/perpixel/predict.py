@@ -49,7 +49,9 @@ class Segmenter:
         pixels = conform(pixels, card.bands, card.dtype, str(image) if isinstance(image, str | Path) else "image")
         device = next(self.bundle.model.parameters()).device
         normalized = self.bundle.normalize(torch.from_numpy(pixels).to(device))  #                                       2 normalise
-        return predict_tiled(self.bundle.model, normalized, card.tile, card.overlap).float()  #                          3-5 tile, model, stitch
+        return predict_tiled(
+            self.bundle.model, normalized, card.tile, card.overlap
+        ).float()  #                          3-5 tile, model, stitch
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
         """(K, H, W) float32 softmax probabilities; see `logits`."""

@@ -31,9 +31,11 @@ class TrainingLog:
         self.path, self.console, self.section = out / "metrics.csv", console, section
         self.rows = _read_rows(self.path, first_step)
         self.board = _tensorboard(out) if not console.quiet else None
-        self.started = self.window_start = time.monotonic()
-        self.waited, self.costs, self.miou, self.last_step = 0.0, list[float](), math.nan, first_step
-        self.first_step = first_step
+        self.started = time.monotonic()
+        self.asked = self.busy = 0.0  # when the batch at hand was asked for; seconds spent on the steps of this row
+        self.waited, self.costs, self.miou = 0.0, list[float](), math.nan
+        self.first_step = self.last_step = first_step
+        self.latest = dict.fromkeys(("seconds", "images_per_second", "lr", "cost"), math.nan)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=console)
         self.task = self.bar.add_task("training", total=1.0, text="first batch")
 
@@ -47,28 +49,33 @@ class TrainingLog:
             self.board.close()
         seconds = time.monotonic() - self.started
         if self.last_step > self.first_step:
-            self.console.print(f"[dim]{self.last_step - self.first_step} steps; {100 * self.waited / seconds:.1f} % of the time waiting for data[/]")
+            self.console.print(
+                f"[dim]{self.last_step - self.first_step} steps; {100 * self.waited / seconds:.1f} % of the time waiting for data[/]"
+            )
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, with the time that each is waited for counted."""
         iterator = iter(batches)
         while True:
-            start = time.monotonic()
+            self.asked = time.monotonic()
             batch = next(iterator)
-            self.waited += time.monotonic() - start
+            self.waited += time.monotonic() - self.asked
             yield batch
 
-    def step(self, step: int, progress: float, cost: float, lr: float, left: float) -> None:
-        """Notes one finished update."""
+    def step(self, step: int, progress: float, seconds: float, cost: float, lr: float, left: float) -> None:
+        """Notes one finished update, `seconds` after the start of the run."""
         self.costs.append(cost)
-        speed = len(self.costs) * self.section.batch / max(1e-9, time.monotonic() - self.window_start)
+        self.busy += time.monotonic() - self.asked
+        speed = len(self.costs) * self.section.batch / max(1e-9, self.busy)
         of = f" of {self.section.steps}" if self.section.steps else ""
         miou = "" if math.isnan(self.miou) else f"   val mIoU {self.miou:.3f}"
         text = f"step {step}{of}   {speed:.1f} images/s   cost {cost:.3f}{miou}   {_clock(left)} left"
         self.bar.update(self.task, completed=progress, description="training", text=text)
+        self.last_step = step
+        self.latest = {"seconds": seconds, "images_per_second": speed, "lr": lr, "cost": sum(self.costs) / len(self.costs)}
         if step % EVERY == 0:
-            self._row(step, speed, lr, sum(self.costs) / len(self.costs))
-        self.last_step, self.lr, self.speed = step, lr, speed
+            self._row(step, self.latest)
+            self.costs, self.busy = [], 0.0
 
     def validating(self, done: int, of: int, name: str) -> None:
         """Progress of a validation."""
@@ -79,27 +86,19 @@ class TrainingLog:
         self.miou = result.confusion.miou
         accuracy = result.confusion.pixel_accuracy
         scores = {"val_cost": result.cost, "val_miou": self.miou, "val_pixel_accuracy": accuracy}
-        mean = sum(self.costs) / len(self.costs) if self.costs else math.nan
-        self._row(step, getattr(self, "speed", math.nan), getattr(self, "lr", math.nan), mean, scores)
-        self.console.print(f"step {step}: cost {mean:.3f}, on validation cost {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}")
+        self._row(step, self.latest | scores)
+        words = f"cost {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}"
+        self.console.print(f"step {step}: cost {self.latest['cost']:.3f}; on validation {words}")
         self.bar.update(self.task, description="training")
 
-    def _row(self, step: int, speed: float, lr: float, cost: float, scores: dict[str, float] | None = None) -> None:
-        now = time.monotonic()
-        known = {"step": step, "seconds": now - self.started, "images_per_second": speed, "lr": lr, "cost": cost} | (scores or {})
+    def _row(self, step: int, values: dict[str, float]) -> None:
         self.rows = [row for row in self.rows if row["step"] != str(step)]  # a validation completes the row of its step
-        self.rows.append({name: _text(known[name]) if name in known else "" for name in COLUMNS})
+        self.rows.append({"step": str(step)} | {name: f"{values[name]:.6g}" if name in values else "" for name in COLUMNS[1:]})
         if not self.console.quiet:
             _write_rows(self.path, self.rows)
         if self.board is not None:
-            for name, value in known.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, step)
-        self.costs, self.window_start = [], now
-
-
-def _text(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
 
 def _read_rows(path: Path, first_step: int) -> list[dict[str, str]]:

@@ -128,7 +128,9 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.suffix and not path.exists():
         if str(source) not in shipped():
-            raise ValueError(f"unknown recipe {str(source)!r}.{_nearest(str(source), shipped())} Known: {', '.join(shipped())}; or give a YAML file.")
+            raise ValueError(
+                f"unknown recipe {str(source)!r}.{_nearest(str(source), shipped())} Known: {', '.join(shipped())}; or give a YAML file."
+            )
         text = (files("perpixel") / "recipes" / f"{source}.yaml").read_text("utf-8")
     else:
         try:

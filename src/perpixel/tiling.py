@@ -62,7 +62,7 @@ def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: i
     Args:
         model: in eval mode, on the device of `image`.
         image: (C, H, W) float, normalised as in training; any size from 1x1.
-        tile: side of the labelled window, in pixels; enlarged to the next legal one.
+        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide.
         overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile.
         batch: windows that run through the model at a time.
 
@@ -79,8 +79,9 @@ def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: i
         raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
     if batch < 1:
         raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
-    # A window never needs to be larger than the image itself.
-    window_height, window_width = (_labelled(model.geometry, min(tile, side)) for side in (height, width))
+    # Windows move by whole multiples, and never need to be larger than the image itself.
+    wanted = max(tile, overlap + model.geometry.multiple)
+    window_height, window_width = (_labelled(model.geometry, min(wanted, side)) for side in (height, width))
     tops = _origins(height, window_height, overlap, model.geometry.multiple)
     lefts = _origins(width, window_width, overlap, model.geometry.multiple)
     if len(tops) == len(lefts) == 1:
@@ -117,7 +118,7 @@ def _labelled(geometry: InputGeometry, side: int) -> int:
 
 def _origins(side: int, window: int, overlap: int, multiple: int) -> list[int]:
     """Where windows start: multiples of `multiple` that cover `side` pixels with at least `overlap` in common."""
-    step = max((window - overlap) // multiple * multiple, multiple)
+    step = max((window - overlap) // multiple * multiple, multiple)  # a window as large as the side does not step at all
     last = max(-(-(side - window) // multiple) * multiple, 0)
     return [*range(0, last, step), last]
 

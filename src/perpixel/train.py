@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost
 from perpixel.models import build
+from perpixel.models.batch_norm import freeze_batch_norm, unfold_batch_norm
 from perpixel.models.model import SegmentationModel
 from perpixel.optimisation import Average, Clock, learning_rate, make_optimizer
 from perpixel.plan import plan, this_machine
@@ -140,7 +141,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             value = run.train_step(images, labels, weights, rate)
             place.step, place.seconds = place.step + 1, clock.elapsed
             after = fabric.broadcast(clock.progress(place.step))
-            log.step(place.step, after, value, rate, clock.left(place.step))
+            log.step(place.step, after, place.seconds, value, rate, clock.left(place.step))
             if math.floor(progress * section.validations) < math.floor(after * section.validations) and after < 1:
                 clock.reserve = 1.5 * run.validate(log)
                 run.save()
@@ -157,17 +158,20 @@ class Run:
 
     def __init__(self, recipe: Recipe, report: Check, fabric: Fabric, out: Path) -> None:
         section = recipe.train
-        self.recipe, self.fabric, self.out, self.section = recipe, fabric, out, section
+        self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
         self.normalize = Normalize(SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
-        self.train_images = self._images(report, "train", weigh=section.border_weights)
-        self.val_images = self._images(report, "val", weigh=False)
-        self.criterion = self._criterion(report)
+        kind, pixels = section.class_weights, report.pixels["train"]
+        self.class_weights = None if kind == "none" else class_weights(kind, pixels)
+        self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
+        self.val_images = self._images("val")
+        self.criterion = self._criterion()
         self.place = Place(data=_fingerprint(self.train_images, self.val_images))
-        self.class_pixels = tuple(report.pixels["train"])
         torch.manual_seed(section.seed)
         self.bare = self._build()
-        self.margin = self.bare.geometry.margin
+        self.stream = self._stream()
+        if getattr(self.bare.encoder, "batch_norm_folded", False):
+            unfold_batch_norm(self.bare.encoder, self._first_images())
         self.average = Average(self.bare, section.ema) if section.ema else None
         self.model, self.optimizer = fabric.setup(self.bare, make_optimizer(self.bare, section))
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
@@ -177,35 +181,50 @@ class Run:
         model = build(
             spec.name, len(data.classes), encoder=spec.encoder, encoder_weights=spec.encoder_weights, in_channels=data.bands, **spec.options
         )
-        model.to(self.fabric.device, memory_format=torch.channels_last)
+        model.to(self.fabric.device).to(memory_format=torch.channels_last)
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # PyTorch has no CPU form of it
         return model
 
-    def _images(self, report: Check, split: str, weigh: bool) -> LabelledImages:
+    def _images(self, split: str, weigh: Callable[[np.ndarray], np.ndarray] | None = None) -> LabelledImages:
         data = self.recipe.data
-        weights = (lambda labels: 1 + border_weights(labels)) if weigh else None  # w_c, the class weights, come with the loss
-        return LabelledImages(report.split(split), self.label_map, data.bands, data.dtype, weights, self.section.cache)
+        return LabelledImages(self.report.split(split), self.label_map, data.bands, data.dtype, weigh, self.section.cache)
 
-    def _criterion(self, report: Check) -> CombinedLoss:
+    def _pixel_weights(self, labels: np.ndarray) -> np.ndarray:
+        """(H, W) weights of U-Net's eq. 2: class weight plus border weight, a sum, so the loss gets no class weights of its own."""
+        by_label = np.ones(self.label_map.ignore + 1, np.float32)
+        if self.class_weights is not None:
+            by_label[: len(self.class_weights)] = self.class_weights.numpy()
+        return by_label[labels] + border_weights(labels, ignore=self.label_map.ignore)
+
+    def _criterion(self) -> CombinedLoss:
         section = self.section
-        weights = None if section.class_weights == "none" else class_weights(section.class_weights, report.pixels["train"])
         terms = [(term.name, term.weight) for term in section.loss]
+        weights = None if section.border_weights else self.class_weights
         return combined(terms, ignore=self.label_map.ignore, class_weights=weights, label_smoothing=section.label_smoothing)
+
+    def _stream(self) -> SampleStream:
+        section = self.section
+        augmentation = Augmentation(
+            crop=section.crop,
+            margin=self.bare.geometry.margin,
+            class_pixels=tuple(self.report.pixels["train"]),
+            ignore=self.label_map.ignore,
+            **section.augment.model_dump(),
+        )
+        return SampleStream(self.train_images, augmentation, section.seed)
+
+    def _first_images(self, count: int = 64) -> Iterator[Tensor]:
+        """The first augmented images, normalised, one by one."""
+        for number in range(count):
+            yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
 
     def loader(self, first_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor | None]]:
         """The endless stream of this process's shares of the batches from `first_step` on."""
         section = self.section
-        augmentation = Augmentation(
-            crop=section.crop,
-            margin=self.margin,
-            class_pixels=self.class_pixels,
-            ignore=self.label_map.ignore,
-            **section.augment.model_dump(),
-        )
         numbers = sample_numbers(first_step, section.batch, self.fabric.global_rank, self.fabric.world_size)
         return DataLoader(
-            SampleStream(self.train_images, augmentation, section.seed),
+            self.stream,
             batch_sampler=_Endless(numbers),
             num_workers=section.workers,
             collate_fn=collate,
@@ -220,7 +239,7 @@ class Run:
             group["lr"] = rate * group["scale"]
         self.model.train()
         if section.freeze_batch_norm:
-            _freeze_batch_norm(self.bare.encoder)
+            freeze_batch_norm(self.bare.encoder)
         pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         logits = self.model(pixels)
         value = cost(self.criterion(logits, labels.to(device), None if weights is None else weights.to(device)))
@@ -364,16 +383,10 @@ def _fabric(section: TrainSection) -> Fabric:
     return fabric
 
 
-def _freeze_batch_norm(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()
-
-
 def _gathered(fabric: Fabric, result: Evaluation) -> Evaluation:
     """The shares of all processes as one evaluation."""
     if fabric.world_size > 1:
-        result.confusion.counts = fabric.all_reduce(result.confusion.counts, reduce_op="sum")
+        torch.distributed.all_reduce(result.confusion.counts)
         everyone: list[Any] = [None] * fabric.world_size
         torch.distributed.all_gather_object(everyone, (result.losses, result.damaged))
         result.losses = {name: loss for losses, _ in everyone for name, loss in losses.items()}

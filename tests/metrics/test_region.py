@@ -80,6 +80,7 @@ def test_a_class_in_neither_truth_nor_prediction_is_left_out():
     assert matrix.iou[2:].isnan().all()
     assert matrix.miou == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert matrix.mean_dice == pytest.approx(2 / 3)
+    assert matrix.fwiou == pytest.approx(1 / 2)
     assert "left out of every mean" in ABSENT_RULE
 
 

@@ -34,7 +34,9 @@ def read_classes(spec: str | Path) -> tuple[list[str], list[Color] | None]:
         return _read_file(Path(spec))
     text = str(spec)
     if isinstance(spec, Path) or "," not in text:
-        raise ValueError(f"classes: there is no file {text!r}. Give a file with one class per line, or the names with commas: sky,water,reeds.")
+        raise ValueError(
+            f"classes: there is no file {text!r}. Give a file with one class per line, or the names with commas: sky,water,reeds."
+        )
     names = [name.strip() for name in text.split(",") if name.strip()]
     return _checked(names, "classes"), None
 
@@ -50,7 +52,9 @@ def _read_file(path: Path) -> tuple[list[str], list[Color] | None]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: can't be read as a list of classes ({error}). It should be UTF-8 text with one class per line.") from error
+        raise ValueError(
+            f"{path}: can't be read as a list of classes ({error}). It should be UTF-8 text with one class per line."
+        ) from error
     lines = [line.strip().strip('"') for line in text.splitlines()]
     rows = [_row(line) for line in lines if line and not line.startswith("#")]
     if rows and rows[0][1] is None and len(rows) > 1 and all(color is not None for _, color in rows[1:]):
@@ -88,5 +92,7 @@ def _checked(names: list[str], source: str) -> list[str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{source}: class {twice[0]!r} comes twice. Every class needs its own name.")
     if len(names) < 2 or not all(names):
-        raise ValueError(f"{source}: {len(names)} classes. Give at least two names, one per line; a single object needs `background` as well.")
+        raise ValueError(
+            f"{source}: {len(names)} classes. Give at least two names, one per line; a single object needs `background` as well."
+        )
     return names

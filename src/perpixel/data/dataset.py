@@ -40,7 +40,9 @@ def conform(image: np.ndarray, bands: int, dtype: str, source: str) -> np.ndarra
     elif image.shape[0] == 3 and bands == 1 and np.array_equal(image[0], image[1]) and np.array_equal(image[0], image[2]):
         image = image[:1]
     if image.shape[0] != bands:
-        raise ValueError(f"{source}: {image.shape[0]} bands; this model was trained on {bands}. Give images with {bands} bands, or train on these.")
+        raise ValueError(
+            f"{source}: {image.shape[0]} bands; the model was trained on {bands}. Give images with {bands}, or train on these."
+        )
     if image.dtype == dtype:
         return image
     full = {"uint8": 255, "uint16": 65535, "float32": 1.0}

@@ -1,4 +1,4 @@
-"""The pixels of one file, as they are stored: Pillow for most formats, tifffile for TIFF, torchvision for 16-bit colour PNG.
+"""The pixels of one file, as they are stored: tifffile for TIFF, Pillow for all other formats.
 
 What the numbers mean (an image's palette colours, a mask's palette indices) is decided in images.py and masks.py.
 """
@@ -23,6 +23,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ALPHA = (1, 2)  # TIFF 6.0, tag ExtraSamples: associated and unassociated alpha
+# TIFF 6.0, sections 2 and 8: bytes of each tag type; size, depth, compression, colour, strips, tiles, palette, alpha, number type
+_TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_PIXEL_TAGS = {*range(256, 260), 262, 273, 274, *range(277, 280), 284, 317, 320, *range(322, 326), 338, 339, 347}
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damage is reported by our errors, not twice on stderr
 
@@ -65,7 +68,7 @@ def decode(path: Path, page: int | None, limit: int) -> Stored:
         bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
             if bits == 16 and color in (2, 6):
-                return Stored(_read_png16(path))
+                return Stored(_read_png16(path, limit))
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 warnings.warn(f"{path}: holds an animation; only its first picture is used", stacklevel=4)
             return _from_pillow(image, {2: 85, 4: 17}.get(bits, 1) if color == 0 else 1)
@@ -175,7 +178,8 @@ def _open_pillow(path: Path, limit: int) -> Image.Image:
         image = Image.open(path, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         allow = "To allow it, set PERPIXEL_MAX_PIXELS to its number of pixels"
-        raise PictureError(f"{path}: {error} {allow}") from None
+        size = f"more than the limit of {limit:,} pixels, which guards against decompression bombs ({error})"
+        raise PictureError(f"{path}: {size}. {allow}") from None
     _refuse_bomb(path, image.height, image.width, limit)
     return image
 
@@ -218,13 +222,14 @@ def _png_depth(path: Path) -> tuple[int, int]:
     return (start[24], start[25]) if len(start) == 26 and start.startswith(b"\x89PNG\r\n\x1a\n") else (0, 0)
 
 
-def _read_png16(path: Path) -> np.ndarray:
-    """(3, H, W) uint16. Pillow would cut 16-bit colours to 8 bits; torchvision keeps them."""
-    import torch  # loaded only for these rare files
-    from torchvision.io import ImageReadMode, decode_png
-
-    encoded = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    return np.ascontiguousarray(decode_png(encoded, ImageReadMode.UNCHANGED).numpy()[:3])
+def _read_png16(path: Path, limit: int) -> np.ndarray:
+    """(3, H, W) uint16. Pillow keeps 8 of 16 bits of a colour: the high bytes, or, told that they come first, the low ones."""
+    halves = []
+    for order in ("B", "L"):
+        with _open_pillow(path, limit) as image:
+            image.tile = [tile._replace(args=f"{image.mode};16{order}") for tile in image.tile]
+            halves.append(np.asarray(image)[..., :3].astype(np.uint16))
+    return np.ascontiguousarray((halves[0] << 8 | halves[1]).transpose(2, 0, 1))
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -244,10 +249,26 @@ def _tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None) -> tifffil
         raise PictureError(f"{path}[{index}]: there is no such page, only 0 to {count - 1}{cut}. Copy or export it again")
     found = _whole(tiff.pages[index])
     end = max((o + n for o, n in zip(found.dataoffsets, found.databytecounts, strict=False)), default=0)
+    end = max(end, _end_of_tags(tiff, found))
     if end > tiff.filehandle.size:
-        size = f"{tiff.filehandle.size:,} bytes long, but its pixels reach to byte {end:,}"
+        size = f"{tiff.filehandle.size:,} bytes long, but its content reaches to byte {end:,}"
         raise PictureError(f"{path}[{index}]: the file is cut off: it is {size}. Copy or export it again, or take it away")
     return found
+
+
+def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
+    """Where the values of the tags that describe pixels end. tifffile takes a default where one lies beyond the end of the file."""
+    form, handle, end = tiff.tiff, tiff.filehandle, 0
+    handle.seek(page.offset)
+    (count,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    entries = handle.read(count * form.tagsize)
+    for at in range(0, len(entries) - form.tagsize + 1, form.tagsize):
+        code, kind = struct.unpack_from(form.tagformat1, entries, at)
+        number, raw = struct.unpack_from(form.tagformat2, entries, at + struct.calcsize(form.tagformat1))
+        size = number * _TAG_BYTES.get(kind, 1)
+        if code in _PIXEL_TAGS and size > len(raw):
+            end = max(end, int(struct.unpack(form.offsetformat, raw)[0]) + size)
+    return end
 
 
 def _is_cut(tiff: tifffile.TiffFile) -> bool:
@@ -311,14 +332,15 @@ def _decode_tiff(path: Path, page: int | None, limit: int) -> Stored:
             return _tiff_by_pillow(path, found.index, limit)
         try:
             pixels = found.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
+        except (ValueError, ImportError) as error:
+            if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
                 raise
             try:
                 return _tiff_by_pillow(path, found.index, limit)
             except OSError:
+                compression = getattr(found.compression, "name", found.compression)
                 way = "pip install 'perpixel[tiff]' adds it"
-                raise PictureError(f"{path}: its compression ({found.compression.name}) needs imagecodecs; {way}") from None
+                raise PictureError(f"{path}: its compression ({compression}) needs imagecodecs; {way}") from None
         return _from_tiff(found, _by_bands(found, pixels, path))
 
 

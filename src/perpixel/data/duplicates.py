@@ -8,8 +8,11 @@ import numpy as np
 from PIL import Image
 
 SIDE = 16  # pixels of the small grey picture that confirms a candidate
-NEAR_BITS = 6  # of 64 that may differ; measured: recompression and resizing change 0 to 4, pictures of different scenes 12 and more
-NEAR_CORRELATION = 0.99
+# Measured on MSRC-21 and CamVid: JPEG of quality 20, half size, noise or 20 % more light change up to 5 bits and leave a correlation of
+# 0.99 in 95 of 100 images. The two most alike of 168 MSRC photographs differ in 13 bits and correlate by 0.85; frames of one CamVid drive
+# can be closer than that, and count as near duplicates with reason.
+NEAR_BITS = 8  # of 64 that may differ
+NEAR_CORRELATION = 0.98
 BLOCK = 4096  # rows compared at once: 4096 x 20,000 float32 is 330 MB at most
 
 

@@ -16,8 +16,8 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "Picture",
-    "PictureInfo",
     "PictureError",
+    "PictureInfo",
     "as_picture",
     "default_colors",
     "expand",
@@ -113,15 +113,11 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Picture]:
     """
     paths: dict[Path, None] = {}
     for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            found = _listed(path)
-        elif path.exists():
-            found = [path]
-        elif any(sign in str(given) for sign in "*?["):
-            found = [p for p in sorted(map(Path, glob.glob(str(given), recursive=True))) if p.is_file() and _is_image_name(p)]
-        else:
-            raise ValueError(f"{given}: there is no such file or folder")
+        try:
+            found = _paths_behind(given)
+        except OSError as error:
+            way = "change its mode (chmod u+rx) or its owner"
+            raise ValueError(f"{given}: cannot be read ({error.strerror}); {way}") from error
         if not found:
             raise ValueError(f"{given}: no pictures here. Looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
         paths.update(dict.fromkeys(found))
@@ -130,15 +126,19 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Picture]:
     return [picture for path in paths for picture in expand(path)]
 
 
+def _paths_behind(given: str | Path) -> list[Path]:
+    path = Path(given)
+    if path.is_dir():
+        return sorted(inside for inside in path.iterdir() if _is_image_name(inside) and inside.is_file())
+    if path.exists():
+        return [path]
+    if any(sign in str(given) for sign in "*?["):
+        return [found for found in sorted(map(Path, glob.glob(str(given), recursive=True))) if _is_image_name(found) and found.is_file()]
+    raise ValueError(f"{given}: there is no such file or folder")
+
+
 def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if _is_image_name(path) and path.is_file())
-    except OSError as error:
-        raise ValueError(f"{folder}: this folder cannot be read ({error.strerror}); change its mode (chmod u+rx) or its owner") from error
 
 
 def read_image(picture: Picture | Path, max_pixels: int | None = None) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Find the pairs of image and mask in the folders that people really have.
 
-    images/a.jpg  masks/a.png                    two folders, equal stems; suffixes such as _mask, _gt, _L are tolerated
-    images/train/a.jpg  masks/train/a.png        split folders, in either order; also train/ and trainannot/ side by side
-    train.txt: "train/a.jpg trainannot/a.png"    list files, paths relative to the list
-    JPEGImages/  SegmentationClass/  ImageSets/  Pascal VOC
-    a.jpg  a_mask.png                            one folder; also im1.png with anno1.png, and a.jpg with a.png
-    volume.tif  labels.tif                       stacks: page against page
+images/a.jpg  masks/a.png                    two folders, equal stems; suffixes such as _mask, _gt, _L are tolerated
+images/train/a.jpg  masks/train/a.png        split folders, in either order; also train/ and trainannot/ side by side
+train.txt: "train/a.jpg trainannot/a.png"    list files, paths relative to the list
+JPEGImages/  SegmentationClass/  ImageSets/  Pascal VOC
+a.jpg  a_mask.png                            one folder; also im1.png with anno1.png, and a.jpg with a.png
+volume.tif  labels.tif                       stacks: page against page
 """
 
 import os
@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from perpixel.data.class_names import find_classes_file, read_classes
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, expand
@@ -92,7 +91,9 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float = 0.2, seed: int = 0)
         ValueError: if `val_fraction` is not between 0 and 1, both excluded.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it is the part kept for validation, so more than 0 and less than 1, such as 0.2.")
+        raise ValueError(
+            f"val_fraction is {val_fraction}; it is the part kept for validation, so more than 0 and less than 1, such as 0.2."
+        )
     free = [pair for pair in pairs if pair.mask is not None and pair.split in (None, "train")]
     if any(pair.split == "val" and pair.mask is not None for pair in pairs):
         return [replace(pair, split="train") if pair.split is None and pair.mask is not None else pair for pair in pairs]
@@ -142,6 +143,10 @@ def _alone(images: Path) -> Layout:
 
 def _two(images: Path, masks: Path) -> Layout:
     """Images here, masks there."""
+    if images.absolute() == masks.absolute():
+        return _alone(images)
+    if images.suffix.lower() == ".txt" and images.is_file():
+        raise ValueError(f"{images}: a list names the masks itself, so leave the second path ({masks}) out.")
     if images.is_dir() != masks.is_dir():
         file, folder = (masks, images) if images.is_dir() else (images, masks)
         raise ValueError(f"{folder} is a folder and {file} is a file. Give two folders, or two files.")
@@ -216,7 +221,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: can't be read as a list of images ({error}). It should be UTF-8 text with `image mask` per line.") from error
+        raise ValueError(
+            f"{path}: can't be read as a list of images ({error}). It should be UTF-8 text with `image mask` per line."
+        ) from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line.strip()
@@ -231,23 +238,28 @@ def _list_files(lists: Mapping[Split | None, Path], root: Path) -> Layout:
             names = _two_names(line, root)
             if names is None:
                 raise ValueError(f"{path}, line {number}: {line!r} should be `image mask`, two paths relative to the list.")
-            there = [_resolve(name, root) for name in names]
+            there = [None if name is None else _resolve(name, root) for name in names]
             for name, file in zip(names, there, strict=True):
-                if file is None:
-                    damaged[str(root / name)] = f"named in {path.name}, line {number}, but there is no such file. Correct the path or remove the line."
+                if name is not None and file is None:
+                    damaged[str(root / name)] = (
+                        f"named in {path.name}, line {number}, but there is no such file. Correct the path or remove the line."
+                    )
             if there[0] is not None:
                 matched.append((_File(there[0], split=split), None if there[1] is None else _File(there[1])))
     found = _paired("list files" if len(lists) > 1 else "list file", matched, [])
     return replace(found, damaged={**damaged, **found.damaged}, classes_file=find_classes_file(root, None))
 
 
-def _two_names(line: str, root: Path) -> tuple[str, str] | None:
-    """The two paths of a line: separated by a tab, a comma or a space; where paths hold spaces, the division that exists."""
+def _two_names(line: str, root: Path) -> tuple[str, str | None] | None:
+    """The two paths of a line: separated by a tab, a comma or a space; where paths hold spaces, the division that exists. An image alone
+    has no mask."""
     for mark in ("\t", ","):
         if line.count(mark) == 1:
             first, second = line.split(mark)
             return first.strip(), second.strip()
     words = line.split()
+    if len(words) == 1 or (root / line).is_file():
+        return line, None
     divisions = [(" ".join(words[:cut]), " ".join(words[cut:])) for cut in range(1, len(words))]
     real = [division for division in divisions if all(_resolve(name, root) for name in division)]
     return real[0] if real else divisions[0] if len(divisions) == 1 else None
@@ -287,7 +299,7 @@ def _listed(found: Layout, lists: Mapping[Split | None, Path], kind: str) -> Lay
             named.update(there)
     left_out = sum(pair.mask is not None for pair in found.pairs if pair not in named)
     names = ", ".join(path.name for path in lists.values())
-    notes = (*found.notes, f"{left_out} images with masks are in no list ({names}) and are left out") if left_out else found.notes
+    notes = (*found.notes, f"{left_out} of the images with masks left out: in none of the lists ({names})") if left_out else found.notes
     pairs += [pair for pair in found.pairs if pair.mask is None and pair not in named]
     return replace(found, kind=kind, pairs=tuple(pairs), damaged=damaged, notes=notes)
 
@@ -400,9 +412,10 @@ def _nothing(images: Path, masks: Path | None, found: Layout) -> str:
     if masks is not None:
         image = found.pairs[0].image.path.name if found.pairs else "nothing"
         mask = found.orphan_masks[0].path.name if found.orphan_masks else "nothing"
+        there = f"{len(found.pairs)} images such as {image!r}, {len(found.orphan_masks)} masks such as {mask!r}"
         return (
-            f"{images} and {masks}: no mask is named like an image ({len(found.pairs)} images such as {image!r}, {len(found.orphan_masks)} masks "
-            f"such as {mask!r}). Give both the same stem (a.jpg and a.png, or a_mask.png), or a list file with `image mask` per line."
+            f"{images} and {masks}: no mask is named like an image ({there}). "
+            "Give both the same stem (a.jpg and a.png, or a_mask.png), or a list file with `image mask` per line."
         )
     kinds = Counter(pair.image.path.suffix.lower() for pair in found.pairs)
     what = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(3))

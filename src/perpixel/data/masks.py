@@ -84,6 +84,14 @@ def value_name(value: int, rgb: bool) -> str:
     return f"#{value:06x}" if rgb else str(value)
 
 
+def label_advice(value: int, rgb: bool, classes: int) -> str:
+    """What to type about a mask value that is not a class; colours are quoted, for shells read # as a comment."""
+    quote = "'" if rgb else ""
+    name = value_name(value, rgb)
+    last = max(classes - 1, 0)
+    return f"To make it class {last}: --label {quote}{name}={last}{quote}; to ignore it: --label {quote}{name}=ignore{quote}"
+
+
 @dataclass(frozen=True)
 class LabelMap:
     """From mask values to class indices.
@@ -173,11 +181,9 @@ class LabelMap:
         strange, pixels = np.unique(mask[~known], return_counts=True)
         listed = ", ".join(f"{value_name(int(v), self.rgb)} ({n} pixels)" for v, n in zip(strange[:5], pixels[:5], strict=True))
         more = f" and {len(strange) - 5} more values" if len(strange) > 5 else ""
-        first = value_name(int(strange[0]), self.rgb)
-        first = f"'{first}" if self.rgb else first
-        end = "'" if self.rgb else ""
-        way = f"To make it class 1: --label {first}=1{end}; to ignore it: --label {first}=ignore{end}"
-        raise ValueError(f"{source}: value {listed}{more} is not one of {self.classes} classes. {way}")
+        is_not = "is not one" if len(strange) == 1 else "are not among the values"
+        message = f"{source}: value {listed}{more} {is_not} of {self.classes} classes. "
+        raise ValueError(message + label_advice(int(strange[0]), self.rgb, self.classes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""

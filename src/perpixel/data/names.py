@@ -16,10 +16,39 @@ SPLIT_WORDS: dict[str, Split] = {
     "test": "test",
 }
 # Lower case, without separators; "leftimg8bit" and "gtfine" are Cityscapes'.
-IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "im", "jpegimages", "photo", "photos", "input", "inputs", "rgb", "leftimg8bit"})
+IMAGE_FOLDERS = frozenset(
+    {"image", "images", "img", "imgs", "im", "jpegimages", "photo", "photos", "input", "inputs", "rgb", "leftimg8bit"}
+)
 MASK_FOLDERS = frozenset(
-    "mask masks label labels annotation annotations annot annots anno annos gt gts groundtruth truth seg segs segmentation segmentations "
-    "segmentationclass target targets output outputs trimap trimaps gtfine gtcoarse".split()
+    {
+        "mask",
+        "masks",
+        "label",
+        "labels",
+        "annotation",
+        "annotations",
+        "annot",
+        "annots",
+        "anno",
+        "annos",
+        "gt",
+        "gts",
+        "groundtruth",
+        "truth",
+        "seg",
+        "segs",
+        "segmentation",
+        "segmentations",
+        "segmentationclass",
+        "target",
+        "targets",
+        "output",
+        "outputs",
+        "trimap",
+        "trimaps",
+        "gtfine",
+        "gtcoarse",
+    }
 )
 IMAGE_WORDS = r"image|img|im|volume|rgb|photo|leftImg8bit|training"
 MASK_WORDS = (

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from perpixel.data.duplicates import Fingerprint, fingerprint
+from perpixel.data.evidence import tally
 from perpixel.data.images import read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import read_mask
@@ -28,7 +29,7 @@ class Reading:
     dtype: str
     mean: np.ndarray  # (C,) float64, in units of FULL[dtype]
     variance: np.ndarray  # (C,) float64, likewise squared
-    values: np.ndarray  # (V,) mask values, ascending, in the dtype of the mask
+    values: np.ndarray  # (V,) mask values, ascending; int32 for colours, and only for those
     counts: np.ndarray  # (V,) int64 pixels of each
     fingerprint: Fingerprint
 
@@ -80,7 +81,7 @@ def _read(pair: Pair, counter: ValueCounter) -> Reading | Fault:
         return Fault(pair, str(pair.image), _mismatch(pair, image.shape[1:], mask.shape), mismatch=True)
     counter.add(mask, pair.mask)
     mean, variance = moments(image)
-    values, counts = value_counts(mask)
+    values, counts = tally(mask)
     return Reading(pair, mask.shape, image.shape[0], str(image.dtype), mean, variance, values, counts, fingerprint(image))
 
 
@@ -102,14 +103,6 @@ def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     levels = np.arange(256) / full
     mean = histograms @ levels
     return mean, (histograms * (levels[None] - mean[:, None]) ** 2).sum(axis=1)
-
-
-def value_counts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a mask, ascending, and the pixels of each."""
-    if mask.dtype != np.uint8:
-        return np.unique(mask, return_counts=True)
-    counts = np.array(Image.fromarray(mask).histogram())
-    return np.flatnonzero(counts).astype(np.uint8), counts[counts > 0]
 
 
 def common_form(readings: Sequence[Reading]) -> tuple[int, str]:

@@ -4,6 +4,7 @@ import difflib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -69,6 +70,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name: str, in_channels: int, output_stride: int | None = None) -> None:
         super().__init__()
+        self.name = name
         self.network = _create(name, in_channels, output_stride)
         info = self.network.feature_info
         self.channels: list[int] = list(info.channels())  # type: ignore[union-attr, operator]
@@ -78,7 +80,14 @@ class TimmEncoder(nn.Module):
         self._maps_are_nhwc = getattr(layout, "value", "NCHW") == "NHWC"
 
     def forward(self, image: Tensor) -> Features:
-        maps: list[Tensor] = list(self.network(image))
+        try:
+            maps: list[Tensor] = list(self.network(image))
+        except AssertionError as error:  # timm's way of saying so
+            height, width = image.shape[-2:]
+            raise ValueError(
+                f"encoder {self.name!r} does not take images of {height}x{width} pixels ({_first_line(error)}); "
+                "it is tied to certain sizes: choose another encoder, e.g. 'resnet34'"
+            ) from error
         return Features([m.permute(0, 3, 1, 2) for m in maps] if self._maps_are_nhwc else maps)
 
 
@@ -152,7 +161,7 @@ def _create(name: str, in_channels: int, output_stride: int | None = None, pretr
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown encoder {name!r}.{hint} Known: 'plain' and every network of timm.list_models()")
-    options: dict[str, bool | int] = {}
+    options: dict[str, Any] = {}
     for family, arguments in _ANY_SIZE.items():
         if name.startswith(family):
             options.update(arguments)

@@ -73,7 +73,8 @@ class ImagePooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         context = functional.relu(self.mix(x.mean((2, 3))))
-        return torch.cat([x, context[:, :, None, None].expand_as(x).to(x.dtype)], dim=1)
+        # Added to zeros in place of a mere expand: the sum keeps the memory format of x, and cat with it.
+        return torch.cat([x, torch.zeros_like(x) + context[:, :, None, None]], dim=1)
 
 
 def check_upsampling(mode: str) -> Upsampling:

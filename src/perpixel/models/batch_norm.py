@@ -1,0 +1,57 @@
+"""Batch norm whose statistics are not what training needs: freezing it, and measuring it anew."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Every batch norm in `module`."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Batch norm uses its running statistics and leaves them as they are, until the next call of `train()`."""
+    for norm in batch_norms(module):
+        norm.eval()
+
+
+@torch.no_grad()
+def unfold_batch_norm(network: nn.Module, images: Iterable[Tensor]) -> None:
+    """Gives batch norm that was folded into a bias the statistics of its real input; in eval mode the network stays the same function.
+
+    A network of folded norms (mean 0, variance 1, scale 1) would be another function the moment it normalises by the statistics
+    of a batch. Here the mean m and variance v of each norm's input are measured, and scale and bias take up what they change:
+    with s = scale / sqrt(old variance + eps), the new scale is s sqrt(v + eps) and the new bias is bias + s (m - old mean).
+
+    Args:
+        network: with norms that have scale and bias; left in eval mode.
+        images: batches (N, C, H, W), normalised as in training.
+    """
+    sums: dict[_BatchNorm, list[Tensor]] = {}
+
+    def gather(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float()
+        parts = [torch.tensor(x.numel() / x.shape[1], dtype=torch.float64), x.sum((0, 2, 3)).double(), x.square().sum((0, 2, 3)).double()]
+        sums[norm] = [old + new for old, new in zip(sums[norm], parts, strict=True)] if norm in sums else parts  # type: ignore[index]
+
+    hooks = [norm.register_forward_pre_hook(gather) for norm in batch_norms(network)]
+    network.eval()
+    try:
+        for batch in images:
+            network(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, (count, total, squares) in sums.items():
+        if norm.weight is None or norm.running_mean is None or norm.running_var is None:
+            continue
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp_min(1e-8)
+        slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        norm.bias.copy_(norm.bias.double() + slope * (mean - norm.running_mean.double()))
+        norm.weight.copy_(slope * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)

@@ -1,0 +1,113 @@
+"""Sizes, errors, names: what all models share."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perpixel.models import ENCODERS, MODELS, build, describe, input_geometry
+from perpixel.models.model import Features, InputGeometry, SegmentationModel
+
+
+class Identity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.strides = [3], [1]
+
+    def forward(self, image: Tensor) -> Features:
+        return Features([image])
+
+
+class Middle(nn.Module):
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        top, left = ((have - want) // 2 for have, want in zip(features.maps[0].shape[-2:], size, strict=True))
+        return features.maps[0][..., top : top + size[0], left : left + size[1]]
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        InputGeometry(),
+        InputGeometry(32, minimum=64),
+        InputGeometry(16, 12, 92, 188),
+        InputGeometry(8, 4, minimum=9),
+        InputGeometry(5, 2, 1, 3),
+    ],
+)
+def test_fit_finds_the_first_legal_side_that_a_search_finds(geometry):
+    for side in range(1, 260):
+        legal = [s for s in range(1, 600) if s % geometry.multiple == geometry.remainder and s >= geometry.minimum]
+        assert geometry.fit(side) == next(s for s in legal if s >= side)
+        assert geometry.fits(side) == (side in legal)
+
+
+@pytest.mark.parametrize("wrong", [{"multiple": 0}, {"multiple": 4, "remainder": 4}, {"margin": -1}, {"margin": 3, "minimum": 6}])
+def test_a_geometry_that_contradicts_itself_is_refused(wrong):
+    with pytest.raises(ValueError, match="need"):
+        InputGeometry(**wrong)
+
+
+def test_an_illegal_size_is_answered_with_the_rule_and_the_next_legal_size():
+    model = SegmentationModel(Identity(), Middle(), 3, InputGeometry(16, 12, 92, 188))
+    expected = (
+        r"image is 560x570 pixels \(height x width\); this model needs sides of 16\*k \+ 12, at least 188\. "
+        r"Pad it to 572x572, or call predict_tiled, which pads for you\."
+    )
+    with pytest.raises(ValueError, match=expected):
+        model(torch.zeros(1, 3, 560, 570))
+
+
+def test_a_legal_image_loses_exactly_the_margin():
+    model = SegmentationModel(Identity(), Middle(), 3, InputGeometry(4, 0, margin=3, minimum=8))
+    image = torch.randn(2, 3, 12, 16)
+    torch.testing.assert_close(model(image), image[..., 3:-3, 3:-3])
+
+
+def test_wrong_parts_and_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"takes \(N, C, H, W\)"):
+        SegmentationModel(Identity(), Middle(), 3, InputGeometry())(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="at least 1 class"):
+        SegmentationModel(Identity(), Middle(), 0, InputGeometry())
+    with pytest.raises(TypeError, match="torch modules"):
+        SegmentationModel(Identity(), lambda features, size: features.maps[0], 3, InputGeometry())
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"unknown model 'unnet'. Did you mean 'unet'\? Known: unet, unet_paper"):
+        build("unnet", classes=2)
+    with pytest.raises(ValueError, match=r"unknown encoder 'resnet3x4'. Did you mean 'resnet34'"):
+        build("unet", classes=2, encoder="resnet3x4")
+
+
+def test_an_option_that_a_model_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="'unet_paper' has no option 'encoder'; it takes in_channels, width, dropout"):
+        build("unet_paper", classes=2, encoder="resnet34")
+
+
+def test_build_passes_every_option_on():
+    options = {"decoder_channels": [24, 12], "head_stride": 4, "upsampling": "nearest", "image_pooling": True, "dropout": 0.25, "width": 3}
+    model = build("unet", 4, "plain", in_channels=5, **options)
+    assert [stage.convolve[0].out_channels for stage in model.decoder.stages] == [24, 12]
+    assert {stage.upsampling for stage in model.decoder.stages} == {"nearest"}
+    assert model.encoder.levels[0][0].weight.shape == (3, 5, 3, 3)
+    assert model.decoder.drop.p == 0.25
+    assert model.decoder.pool.mix.in_features == 48
+    assert build("unet_paper", 2, width=2).encoder.levels[0][0].in_channels == 1  # one band, as published
+
+
+def test_describe_counts_the_parameters_of_real_models_and_lists_every_one():
+    rows = {row.name: row for row in describe()}
+    assert list(rows) == list(MODELS)
+    assert rows["unet_paper"].parameters == 31_030_658
+    assert rows["unet_paper"].margin == 92
+    assert rows["unet"].parameters == sum(p.numel() for p in build("unet", 2).parameters())
+
+
+def test_input_geometry_is_the_model_s_own():
+    assert input_geometry("unet", "mobilenetv2_100") == InputGeometry(multiple=32, minimum=64)
+    assert input_geometry("unet", "plain") == InputGeometry(multiple=16, minimum=32)
+    assert input_geometry("unet_paper") == InputGeometry(16, 12, 92, 188)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_recommended_encoder_exists(encoder):
+    assert input_geometry("unet", encoder).fits(256)

@@ -1,0 +1,305 @@
+"""`perpixel check` names everything that is wrong with a set, counts what is right, and proposes what training needs."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from rich.console import Console
+
+from perpixel.check import Check, check, render
+from perpixel.check_report import bar
+from perpixel.data.images import read_image
+from perpixel.data.masks import IGNORE, read_mask
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def photograph(seed: int, size: tuple[int, int] = (24, 32)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def blocks(*values: int, size: tuple[int, int] = (24, 32)) -> np.ndarray:
+    """A mask of vertical stripes of equal width."""
+    return np.repeat(np.asarray(values, dtype=np.uint8), size[1] // len(values))[None].repeat(size[0], axis=0)
+
+
+def make(root: Path, masks: list[np.ndarray], val: int = 2) -> Path:
+    """images/{train,val} and masks/{train,val} with one image per mask; the last `val` are for validation."""
+    for index, mask in enumerate(masks):
+        part = "val" if index >= len(masks) - val else "train"
+        for folder in ("images", "masks"):
+            (root / folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(index, mask.shape[:2])).save(root / "images" / part / f"{index}.png")
+        Image.fromarray(mask).save(root / "masks" / part / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    return make(tmp_path, [blocks(0, 1, 1, 2)] * 4 + [blocks(0, 0, 1, 1)] * 2)
+
+
+def printed(report: Check, width: int = 150) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    render(report, console)
+    return console.export_text()
+
+
+def test_a_sound_set_is_ready_and_counted_as_numpy_counts_it(sound: Path) -> None:
+    report = check(sound)
+    assert report.ready
+    assert report.damaged == report.size_mismatches == {}
+    assert [len(report.split(name)) for name in ("train", "val", "test")] == [4, 2, 0]
+    assert (report.bands, report.dtype, report.scale, report.sizes) == (3, "uint8", 255.0, {(24, 32): 6})
+    for split in ("train", "val"):
+        labels = np.stack([report.label_map(read_mask(pair.mask)) for pair in report.split(split) if pair.mask])
+        present = np.array([[(label == k).any() for k in range(3)] for label in labels])
+        assert report.pixels[split] == np.bincount(labels.ravel(), minlength=3).tolist()
+        assert report.images_with[split] == present.sum(axis=0).tolist()
+        assert report.pixels_where_present[split] == (present * 24 * 32).sum(axis=0).tolist()
+    assert report.absent == {"val": [report.classes[2]]}
+    assert any("in no val mask" in warning for warning in report.warnings)
+
+
+def test_mean_and_deviation_are_those_of_all_training_pixels(sound: Path) -> None:
+    report = check(sound)
+    stored = np.concatenate([read_image(pair.image).reshape(3, -1) for pair in report.split("train")], axis=1) / 255
+    np.testing.assert_allclose(report.mean, stored.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(report.std, stored.std(axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint16, 65535.0), (np.float32, 1.0)])
+def test_stacks_of_many_bits_are_described_in_their_own_range(tmp_path: Path, dtype: type, scale: float) -> None:
+    stored = (np.random.default_rng(0).random((5, 20, 30)) * 1000 + 60000).astype(dtype)
+    tifffile.imwrite(tmp_path / "volume.tif", stored, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "labels.tif", (stored > 60500).astype(np.uint8), photometric="minisblack")
+    report = check(tmp_path / "volume.tif", tmp_path / "labels.tif")
+    assert report.ready
+    assert (report.layout, report.dtype, report.scale, report.bands) == ("stacks", np.dtype(dtype).name, scale, 1)
+    np.testing.assert_allclose(report.mean, stored[:4].astype(float).mean() / scale, rtol=1e-6)
+    np.testing.assert_allclose(report.std, stored[:4].astype(float).std() / scale, rtol=1e-4)
+    assert [pair.image.page for pair in report.split("val")] == [4]
+
+
+def test_damage_is_named_counted_and_not_fatal(sound: Path) -> None:
+    images, masks = sound / "images" / "train", sound / "masks" / "train"
+    (images / "0.png").write_bytes((images / "0.png").read_bytes()[:900])
+    (masks / "1.png").write_bytes(b"")
+    (images / "2.png").write_text("this is a text")
+    report = check(sound)
+    assert report.ready
+    assert {Path(file).name for file in report.damaged} == {"0.png", "1.png", "2.png"}
+    assert all(name in message for name, message in report.damaged.items())
+    assert [pair.image.name for pair in report.split("train")] == ["3"]
+    assert "3 files can't be used" in " ".join(report.warnings)
+
+
+def test_nothing_usable_is_a_problem_that_names_a_file(sound: Path) -> None:
+    for file in (sound / "images").glob("*/*.png"):
+        file.write_bytes(b"")
+    report = check(sound)
+    assert not report.ready
+    assert "no usable pair" in report.problems[0]
+    assert ".png: is empty" in report.problems[0]
+    assert "none usable" in printed(report)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_few_unequal_sizes_are_left_out_and_many_are_a_problem(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 12)
+    Image.fromarray(blocks(0, 1, size=(32, 24))).save(root / "masks" / "train" / "0.png")
+    report = check(root)
+    assert report.ready
+    assert len(report.split("train")) == 9
+    (message,) = report.size_mismatches.values()
+    assert "is 24x32 but" in message
+    assert "is 32x24 pixels (height x width). One of them lies on its side" in message
+    Image.fromarray(blocks(0, 1, size=(12, 16))).save(root / "masks" / "train" / "1.png")
+    report = check(root)
+    assert not report.ready
+    assert "2 of 12 masks have another size than their image" in report.problems[0]
+
+
+def test_images_without_masks_and_masks_without_images_are_counted(sound: Path) -> None:
+    (sound / "masks" / "train" / "0.png").unlink()
+    (sound / "images" / "train" / "1.png").unlink()
+    report = check(sound)
+    assert report.ready
+    assert [picture.path for picture in report.unlabelled] == [sound / "images" / "train" / "0.png"]
+    assert [picture.path for picture in report.orphan_masks] == [sound / "masks" / "train" / "1.png"]
+    text = " ".join(report.warnings)
+    assert "1 image without a mask" in text
+    assert "1 mask without an image" in text
+
+
+def test_a_value_outside_the_classes_is_the_problem_that_design_md_words(tmp_path: Path) -> None:
+    """design.md, "Bad input"."""
+    root = make(tmp_path, [blocks(0, 1)] * 3 + [blocks(0, 7, 1, 1)] * 3)
+    report = check(root, classes="sky,sea")
+    assert not report.ready
+    first = root / "masks" / "train" / "3.png"
+    assert report.problems == [
+        f"{first}: value 7 in 3 files is not one of 2 classes. To make it class 1: --label 7=1; to ignore it: --label 7=ignore"
+    ]
+    assert report.pixels["train"] == [4 * 24 * 16 - 24 * 8, 3 * 24 * 16 + 24 * 16]  # what is legal is counted all the same
+    ignoring = check(root, classes="sky,sea", labels={7: IGNORE})
+    assert ignoring.ready
+    assert ignoring.ignore_share == pytest.approx(3 / 4 / 6)
+    assert check(root, classes="sky,sea", labels={7: 1}).pixels["val"] == [2 * 24 * 8, 2 * 24 * 24]
+
+
+def test_copies_of_training_images_in_val_are_reported(sound: Path) -> None:
+    train, val = sound / "images" / "train", sound / "images" / "val"
+    (val / "4.png").write_bytes((train / "2.png").read_bytes())
+    slightly = np.asarray(Image.open(train / "3.png")).copy()
+    slightly[0, 0] ^= 1
+    Image.fromarray(slightly).save(val / "5.png")
+    report = check(sound)
+    assert report.duplicates == [
+        ("exact", str(train / "2.png"), str(val / "4.png")),
+        ("near", str(train / "3.png"), str(val / "5.png")),
+    ]
+    assert report.ready
+
+
+def test_grey_among_colour_is_read_as_colour_and_other_bands_are_left_out(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 12)
+    Image.fromarray(photograph(50)[..., 0]).save(root / "images" / "train" / "0.png")
+    (root / "images" / "train" / "1.png").unlink()
+    tifffile.imwrite(
+        root / "images" / "train" / "1.tif", np.zeros((24, 32, 5), dtype=np.uint8), photometric="minisblack", planarconfig="contig"
+    )
+    report = check(root)
+    assert report.ready
+    assert report.bands == 3
+    assert [Path(file).name for file in report.damaged] == ["1.tif"]
+    assert "1 grey image among colour ones" in " ".join(report.warnings)
+    grey = photograph(50)[..., 0].ravel()
+    others = [read_image(pair.image)[0].ravel() for pair in report.split("train") if pair.image.name != "0"]
+    assert report.mean[0] == pytest.approx(np.concatenate([grey, *others]).mean() / 255)
+
+
+def test_one_pair_alone_serves_both_parts_and_says_so(tmp_path: Path) -> None:
+    Image.fromarray(photograph(0)).save(tmp_path / "x.png")
+    Image.fromarray(blocks(0, 1)).save(tmp_path / "x_mask.png")
+    report = check(tmp_path)
+    assert report.ready
+    assert [pair.split for pair in report.pairs] == ["train", "val"]
+    assert report.duplicates == []
+    assert sum(report.sizes.values()) == 1
+    assert any("one pair only" in warning for warning in report.warnings)
+
+
+def test_two_images_of_which_one_is_damaged_still_train(tmp_path: Path) -> None:
+    for name in "xy":
+        Image.fromarray(photograph(0)).save(tmp_path / f"{name}.png")
+        Image.fromarray(blocks(0, 1)).save(tmp_path / f"{name}_mask.png")
+    for name in "xy":
+        whole = (tmp_path / f"{name}.png").read_bytes()
+        (tmp_path / f"{name}.png").write_bytes(b"")
+        report = check(tmp_path)
+        assert report.ready
+        assert [pair.split for pair in report.pairs] == ["train", "val"]
+        (tmp_path / f"{name}.png").write_bytes(whole)
+
+
+def test_a_band_that_never_changes_can_be_divided_by_its_deviation(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 4)
+    for file in (root / "images").glob("*/*.png"):
+        picture = np.asarray(Image.open(file)).copy()
+        picture[..., 1] = 7
+        Image.fromarray(picture).save(file)
+    report = check(root)
+    assert report.std[1] == 1.0
+    assert report.mean[1] == pytest.approx(7 / 255)
+    assert any("band 1 has one value" in warning for warning in report.warnings)
+
+
+def test_warnings_of_the_readers_reach_the_report(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 4)
+    frames = [Image.fromarray(photograph(seed)) for seed in (7, 8)]
+    (root / "images" / "train" / "0.png").unlink()
+    frames[0].save(root / "images" / "train" / "0.gif", save_all=True, append_images=frames[1:])
+    assert any("0.gif" in warning and "animation" in warning for warning in check(root).warnings)
+
+
+def test_the_split_of_the_sound_does_not_move_when_one_file_breaks(tmp_path: Path) -> None:
+    for index in range(10):
+        Image.fromarray(photograph(index)).save(tmp_path / f"{index}.png")
+        Image.fromarray(blocks(0, 1)).save(tmp_path / f"{index}_mask.png")
+    before = {pair.image.name: pair.split for pair in check(tmp_path).pairs}
+    (tmp_path / "3.png").write_bytes(b"")
+    after = {pair.image.name: pair.split for pair in check(tmp_path).pairs}
+    assert after == {name: split for name, split in before.items() if name != "3"}
+
+
+def test_progress_counts_every_pair(sound: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    check(sound, progress=lambda done, of, name: seen.append((done, of)))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_json_is_plain_complete_and_the_same_twice(sound: Path) -> None:
+    one, two = (json.dumps(check(sound).to_json(), allow_nan=False) for _ in range(2))
+    assert one == two
+    found = json.loads(one)
+    assert found["ready"] is True
+    assert found["splits"] == {"train": 4, "val": 2}
+    assert found["images"]["sizes"] == [{"height": 24, "width": 32, "images": 6}]
+    assert [entry["pixels"] for entry in found["classes"]] == [
+        {"train": 768, "val": 768},
+        {"train": 1536, "val": 768},
+        {"train": 768, "val": 0},
+    ]
+    assert found["pairs"][0] == {
+        "image": str(sound / "images/train/0.png"),
+        "mask": str(sound / "masks/train/0.png"),
+        "split": "train",
+    }
+
+
+def test_the_table_names_classes_shares_and_images(sound: Path) -> None:
+    text = printed(check(sound, classes="sky,[sea],reeds"))
+    assert "6 usable (4 train, 2 val)" in text
+    row = next(line for line in text.splitlines() if "[sea]" in line and "%" in line)  # brackets are no markup
+    assert "50.0%" in row
+    assert row.split()[-2:] == ["4/4", "2/2"]
+    assert "0/2" in text
+    assert "ready to train on 4 images" in text
+    assert max(map(len, printed(check(sound), width=80).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0, ""), (1, "████"), (0.5, "██"), (1e-9, "▏"), (0.28, "█▏")])
+def test_a_bar_is_as_long_as_its_share(share: float, expected: str) -> None:
+    assert bar(share, width=4) == expected
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("paths", "pairs", "classes", "ignored"),
+    [
+        (["msrc21"], 335, 21, True),
+        (["isbi2012/train-volume.tif", "isbi2012/train-labels.tif"], 30, 2, False),
+        (["crf_examples"], 3, 4, False),
+    ],
+)
+def test_real_sets_are_ready_with_nothing_configured(paths: list[str], pairs: int, classes: int, ignored: bool) -> None:
+    start = time.monotonic()
+    report = check(*(SHARED / path for path in paths))
+    assert report.ready
+    assert (len(report.pairs), len(report.classes), report.ignore_share > 0) == (pairs, classes, ignored)
+    assert report.damaged == {}
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.shared_data
+def test_camvid_value_11_is_ignored_because_there_are_11_names() -> None:
+    report = check(SHARED / "camvid" / "val.txt")
+    assert report.ready
+    assert report.label_map.values[11] == IGNORE
+    assert report.classes[0] == "sky"
+    assert sum(map(sum, report.pixels.values())) == round(101 * 360 * 480 * (1 - report.ignore_share))

@@ -1,0 +1,62 @@
+"""The arrows of docs/design.md: which part of the house may import which."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(find_spec("perpixel").origin).parent
+
+# Part -> the parts it may import. A part may always import itself.
+ARROWS = {
+    "data": set(),
+    "models": set(),
+    "metrics": set(),
+    "losses": set(),
+    "recipe": set(),
+    "refinement": set(),
+    "tiling": {"models"},
+    "bundle": {"models", "data", "refinement"},
+    "optimisation": {"models", "recipe"},
+    "check": {"data"},
+    "plan": {"check", "models", "recipe"},
+    "evaluate": {"bundle", "data", "losses", "metrics", "models", "tiling"},
+    "predict": {"bundle", "data", "tiling"},
+    "progress": {"data", "evaluate", "recipe"},
+    "train": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "plan", "progress", "recipe"},
+    "demo": {"check", "data", "evaluate", "predict", "train"},
+    "cli": {"check", "data", "demo", "evaluate", "models", "predict", "train"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("perpixel.")}
+    return found
+
+
+def parts() -> list[tuple[str, Path]]:
+    return sorted(
+        (path.relative_to(SOURCE).parts[0].removesuffix(".py"), path) for path in SOURCE.rglob("*.py") if not path.name.startswith("__")
+    )
+
+
+@pytest.mark.parametrize(("part", "path"), parts(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_each_file_imports_only_what_its_part_of_the_house_may(part, path):
+    assert imports_of(path) <= ARROWS[part] | {part}
+
+
+@pytest.mark.parametrize(("part", "path"), parts(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_no_file_is_longer_than_450_lines(part, path):
+    assert len(path.read_text("utf-8").splitlines()) <= 450
+
+
+def test_importing_perpixel_and_showing_help_load_neither_torch_nor_timm():
+    script = "import sys, perpixel, perpixel.cli; print([m for m in ('torch', 'timm', 'numpy', 'lightning') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

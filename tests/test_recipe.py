@@ -1,0 +1,71 @@
+"""Recipes: what may stand in them, and what a mistake gets."""
+
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from perpixel.recipe import Recipe, merge, read_recipe, read_settings, shipped, to_yaml
+
+
+def test_a_misspelt_key_names_the_file_the_key_and_the_nearest_legal_key(tmp_path):
+    path = tmp_path / "street.yaml"
+    path.write_text("model:\n  encodr: resnet34\n")
+    with pytest.raises(ValueError, match=r"street\.yaml: model\.encodr: unknown key; did you mean 'encoder'\?"):
+        read_recipe(path)
+
+
+def test_a_misspelt_key_in_a_list_of_losses_is_found_too(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train:\n  loss:\n    - {name: dice, wieght: 2}\n")
+    with pytest.raises(ValueError, match=r"train\.loss\.0\.wieght: unknown key; did you mean 'weight'\?"):
+        read_recipe(path)
+
+
+def test_an_illegal_value_says_what_came_and_what_is_legal():
+    with pytest.raises(ValueError, match=r"--set: train\.lr: input should be greater than 0, got -1"):
+        read_settings(["train.lr=-1"])
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1\n", "mapping"), ("a: [", "not valid YAML"), ("3", "mapping")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)
+
+
+def test_an_unknown_name_gets_the_nearest_shipped_recipe():
+    with pytest.raises(ValueError, match="Did you mean 'unet_paper'"):
+        read_recipe("unet_papr")
+
+
+def test_settings_are_yaml_values_at_dotted_keys():
+    parts = read_settings(["train.lr=1e-3", "train.crop=[64, 96]", "model.encoder_weights=true", "train.ema=null"])
+    assert parts == {"train": {"lr": 0.001, "crop": [64, 96], "ema": None}, "model": {"encoder_weights": True}}
+
+
+def test_a_setting_without_a_value_is_refused():
+    with pytest.raises(ValueError, match="key=value"):
+        read_settings(["train.lr"])
+
+
+def test_a_written_recipe_reads_back_equal(tmp_path):
+    recipe = Recipe.model_validate({"train": {"steps": 7, "lr": 0.5}, "data": {"classes": ["a", "b"], "label_map": {"values": {"0": 0}}}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe, {"train.lr": "0.5 - as you asked: twice"}))
+    assert Recipe.model_validate(read_recipe(path)) == recipe
+
+
+def test_later_parts_win_and_lists_are_replaced_whole():
+    assert merge({"a": {"b": [1, 2], "c": 3}}, {"a": {"b": [4]}}) == {"a": {"b": [4], "c": 3}}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_valid_and_states_paper_command_and_expectation(name):
+    parts = read_recipe(name)
+    assert parts["model"]["name"]
+    text = (files("perpixel") / "recipes" / f"{name}.yaml").read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert all(word in head for word in ("arXiv", "Command:", "Expect"))
+    assert yaml.safe_load(text) == parts

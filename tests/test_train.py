@@ -1,0 +1,162 @@
+"""Training: the loop, what it writes, and that nothing is lost when it is killed."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perpixel.data.images import read_image
+from perpixel.data.writing import write_labels, write_rgb
+from perpixel.recipe import Recipe, read_recipe
+from perpixel.train import train
+
+
+def command(sample_set, out, settings, *more):
+    options = [part for setting in settings for part in ("--set", setting)]
+    return ["-m", "perpixel", "train", str(sample_set / "images"), str(sample_set / "masks"), "-o", str(out), *options, *more]
+
+
+def same(first, second):
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_everything_the_readme_names(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"best.safetensors", "last.safetensors", "resume.safetensors", "recipe.yaml", "metrics.csv", "evaluation.json", "validation"} <= names
+    pictures = sorted((run / "validation").iterdir())
+    assert len(pictures) == 4
+    assert read_image(pictures[0]).shape == (3, 64, 3 * 96)
+
+
+def test_training_lowers_the_cost(sample_set, tmp_path, tiny_settings):
+    train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=60, settings=[*tiny_settings, "train.lr=0.01"])
+    with (tmp_path / "metrics.csv").open() as file:
+        costs = [float(row["cost"]) for row in csv.DictReader(file)]
+    assert costs[-1] < 0.6 * costs[0]
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(sample_set, tmp_path, tiny_settings):
+    """SIGKILL after the first checkpoint, again a little later, then --resume to the end: every weight is bit-equal."""
+    settings = [*tiny_settings, "train.validations=8", "train.ema=0.9", "train.augment.rotation=20"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = dict(os.environ, OMP_NUM_THREADS="2")
+    subprocess.run([sys.executable, *command(sample_set, whole, settings, "--steps", "40")], check=True, env=environment, capture_output=True)
+    for pause in (0.0, 0.4):
+        process = subprocess.Popen([sys.executable, *command(sample_set, killed, settings, "--steps", "40", "--resume")], env=environment, stdout=subprocess.DEVNULL)
+        before = (killed / "resume.safetensors").stat().st_mtime_ns if (killed / "resume.safetensors").exists() else 0
+        while process.poll() is None and not ((killed / "resume.safetensors").exists() and (killed / "resume.safetensors").stat().st_mtime_ns > before):
+            time.sleep(0.005)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed; make it longer"
+    subprocess.run([sys.executable, *command(sample_set, killed, settings, "--resume")], check=True, env=environment, capture_output=True)
+    assert same(whole / "last.safetensors", killed / "last.safetensors")
+    assert same(whole / "best.safetensors", killed / "best.safetensors")
+    with (whole / "metrics.csv").open() as first, (killed / "metrics.csv").open() as second:
+        assert [row["step"] for row in csv.DictReader(first)] == [row["step"] for row in csv.DictReader(second)]
+
+
+def test_two_gloo_processes_give_the_weights_of_one_for_the_same_global_batch(sample_set, tmp_path):
+    """DDP averages gradients of equal shares, and the cost is a mean over samples, so nothing may differ beyond rounding.
+
+    The U-Net of 2015 has no batch norm, whose statistics are per process.
+    """
+    settings = ["model.name=unet_paper", "model.options={width: 2, dropout: 0.0}", "train.crop=[188, 188]", "train.batch=4"]
+    settings += ["train.precision=32-true", "train.validations=1", "train.ema=null", "train.optimizer=sgd", "train.lr=0.1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, *command(sample_set, one, settings, "--steps", "4")], check=True, capture_output=True)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    subprocess.run([sys.executable, *launcher, *command(sample_set, two, settings, "--steps", "4")], check=True, capture_output=True)
+    first, second = load_file(one / "last.safetensors"), load_file(two / "last.safetensors")
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_the_written_recipe_is_itself_a_valid_input_and_gives_the_same_weights(sample_set, run, tmp_path):
+    recipe = Recipe.model_validate(read_recipe(run / "recipe.yaml"))
+    assert recipe.train.steps == 12
+    train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=run / "recipe.yaml")
+    assert same(run / "last.safetensors", tmp_path / "last.safetensors")
+
+
+def test_minutes_are_a_wall_clock_budget(sample_set, tmp_path, tiny_settings):
+    start = time.monotonic()
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, minutes=0.15, settings=tiny_settings)
+    assert outcome.step > 1
+    assert time.monotonic() - start < 60  # the budget is 9 seconds; the rest is room for a busy machine
+
+
+def test_a_finished_run_is_not_overwritten_without_resume(sample_set, run, tiny_settings):
+    before = (run / "last.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--resume"):
+        train(sample_set / "images", sample_set / "masks", out=run, steps=2, settings=tiny_settings)
+    assert (run / "last.safetensors").read_bytes() == before
+
+
+def test_a_run_resumed_on_other_images_is_refused(sample_set, run, tmp_path, tiny_settings):
+    from perpixel.data.samples import write_samples
+
+    write_samples(tmp_path, train=5, val=2, height=64, width=96)
+    with pytest.raises(ValueError, match="not those that this run was started on"):
+        train(tmp_path / "images", tmp_path / "masks", out=run, resume=True)
+
+
+def test_a_batch_of_one_trains(sample_set, tmp_path, tiny_settings):
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=[*tiny_settings, "train.batch=1"])
+    assert outcome.step == 2
+
+
+def test_a_data_set_of_one_image_smaller_than_the_crop_trains(tmp_path, tiny_settings):
+    rng = torch.Generator().manual_seed(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    write_rgb(tmp_path / "images" / "a.png", torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=rng).numpy())
+    write_labels(tmp_path / "masks" / "a.png", torch.randint(0, 2, (40, 50), dtype=torch.uint8, generator=rng).numpy(), [(0, 0, 0), (255, 0, 0)])
+    outcome = train(tmp_path / "images", tmp_path / "masks", out=tmp_path / "run", steps=2, settings=tiny_settings)
+    assert outcome.step == 2
+
+
+def test_a_class_never_seen_trains_and_is_left_out_of_the_mean(sample_set, tmp_path, tiny_settings):
+    names = "sky,water,reeds,bird,fish,boat"
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, classes=names, settings=tiny_settings)
+    boat = outcome.scores["classes"][5]
+    assert boat["name"] == "boat"
+    assert boat["pixels"] == 0
+
+
+def test_a_cost_that_explodes_stops_with_advice(sample_set, tmp_path, tiny_settings):
+    settings = [*tiny_settings, "train.lr=1e30", "train.clip=null", "train.optimizer=sgd", "train.warmup=0"]
+    with pytest.raises(ValueError, match=r"the cost became .* Try a lower learning rate"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=20, settings=settings)
+
+
+def test_a_crop_that_the_model_cannot_take_names_the_nearest_legal_one(sample_set, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.crop is 200x200; unet_paper needs sides of 16\*k \+ 12, at least 188\. The nearest is 204x204"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=["model.name=unet_paper", "train.crop=[200, 200]"])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice", "focal", "lovasz_softmax"])
+def test_every_loss_trains(sample_set, tmp_path, tiny_settings, loss):
+    settings = [*tiny_settings, f"train.loss=[{{name: {loss}}}]", "train.validations=1"]
+    assert train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings).step == 2
+
+
+@pytest.mark.parametrize("schedule", ["poly", "one_cycle", "constant"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_schedule_and_optimizer_trains(sample_set, tmp_path, tiny_settings, schedule, optimizer):
+    settings = [*tiny_settings, f"train.schedule={schedule}", f"train.optimizer={optimizer}", "train.validations=1"]
+    assert train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings).step == 2
+
+
+def test_the_published_unet_recipe_trains_narrow(sample_set, tmp_path):
+    settings = ["model.options={width: 2}", "train.crop=[188, 188]", "train.lr=0.01"]
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe="unet_paper", steps=2, settings=settings)
+    assert outcome.recipe.train.border_weights
+    assert outcome.recipe.train.augment.elastic_sigma == 10
