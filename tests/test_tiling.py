@@ -96,15 +96,17 @@ def test_any_side_from_one_pixel_is_labelled(size):
         assert logits.isfinite().all()
 
 
-def test_logits_have_the_image_s_type_and_can_be_trained_on():
+@pytest.mark.parametrize("low", [False, True])
+def test_logits_have_the_image_s_type_and_can_be_trained_on(low):
     """A refiner that learns from logits keeps them for its backward pass; tensors born in inference mode cannot be kept."""
     model = unet(3, "plain", width=2).eval()
     weight = torch.ones(1, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = [predict_whole(model, torch.randn(3, 70, 40)), predict_tiled(model, torch.randn(3, 70, 40), 32, 8)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        predicted = [predict_whole(model, torch.randn(3, 96, 64)), predict_tiled(model, torch.randn(3, 70, 40), 32, 8)]
     for logits in predicted:
         assert logits.dtype == torch.float32
         assert logits.is_contiguous()
+        assert not logits.requires_grad
         (logits * weight).sum().backward()
 
 

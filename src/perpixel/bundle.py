@@ -4,10 +4,11 @@ Nothing is unpickled, ever. The metadata is one JSON text under the key `perpixe
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,7 @@ from perpixel.data.writing import replacing
 from perpixel.models import build
 from perpixel.models.model import SegmentationModel
 
+WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
 
 
@@ -35,7 +37,7 @@ class Card(BaseModel):
     encoder: str | None = None
     options: dict[str, Any] = {}
     bands: int
-    dtype: str
+    dtype: Literal["uint8", "uint16", "float32"]
     mean: list[float]
     std: list[float]
     classes: list[str]
@@ -68,7 +70,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Writes a safetensors file under a temporary name and renames it: a killed process leaves the old file whole."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(own, temporary, dict(metadata))
+        try:
+            save_file(own, temporary, dict(metadata))
+        except SafetensorError as error:  # no OSError, and the system's error number only in its text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error), str(path)) from error
 
 
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
@@ -82,33 +88,47 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: missing, truncated, or another kind of file (a pickle is refused, never executed).
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. A bundle is written by `perpixel train` as RUN/best.safetensors.")
+    if path.is_dir() or not path.exists():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}. {WRITTEN}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 safe_open is no dict
+    except PermissionError:
+        raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner") from None
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as raw:
-            head = raw.read(4)
-        pickled = head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04"
-        why = "it looks like a pickle, which perpixel never executes" if pickled else f"it is damaged or cut short ({error})"
-        raise ValueError(f"{path}: not a bundle: {why}. A bundle is written by `perpixel train` as RUN/best.safetensors.") from None
+        pickled = "it looks like a pickle, which perpixel never executes"
+        why = pickled if _looks_pickled(path) else f"it is damaged or cut short ({error})"
+        raise ValueError(f"{path}: not a bundle: {why}. {WRITTEN}") from None
+
+
+def _looks_pickled(path: Path) -> bool:
+    """A pickle of protocol 2 or later, or the zip archive of pickles that torch.save writes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def read_card(path: Path, metadata: Mapping[str, str]) -> Card:
     """The card in a bundle's metadata; ValueError where there is none, or a newer perpixel wrote it."""
     if "perpixel" not in metadata:
-        raise ValueError(f"{path}: not a bundle: safetensors without perpixel's metadata. A bundle is written by `perpixel train`.")
+        raise ValueError(f"{path}: not a bundle: safetensors without perpixel's metadata. {WRITTEN}")
     try:
         raw = json.loads(metadata["perpixel"])
-        if int(raw.get("format", 0)) > FORMAT:
-            raise ValueError(
-                f"{path}: made by perpixel {raw.get('perpixel', '?')} (bundle format {raw['format']}); this one reads up to format {FORMAT}. "
-                "Update perpixel: python -m pip install --upgrade perpixel"
-            )
-        return Card.model_validate(raw)
-    except (ValidationError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        made_by, number = raw.get("perpixel", "?"), int(raw.get("format", FORMAT))
+        card = Card.model_validate(raw) if number <= FORMAT else None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: the bundle's metadata is damaged: {key}: {first['msg']}") from None
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: the bundle's metadata is damaged: {error}") from None
+    if card is None:
+        raise ValueError(
+            f"{path}: made by perpixel {made_by} (bundle format {number}); this one reads up to format {FORMAT}. "
+            "Update perpixel: python -m pip install --upgrade perpixel"
+        )
+    return card
 
 
 def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
@@ -119,9 +139,16 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
     """
     tensors, metadata = read_tensors(Path(path))
     card = read_card(path, metadata)
-    model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
+    try:
+        model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
+        bundle = Bundle(model, card)
+        _ = bundle.normalize, bundle.label_map  # refuse illegal values now, not in the middle of a folder of images
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: the model or data that the bundle describes can't be made: {error}") from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not belong to the model '{card.model}' that the bundle names: {error}") from None
-    return Bundle(model.eval().to(device).to(memory_format=torch.channels_last), card)
+        told = " ".join(str(error).split())[:300]  # PyTorch lists every key
+        raise ValueError(f"{path}: the weights do not belong to the model '{card.model}' that the bundle names: {told}") from None
+    model.eval().to(device).to(memory_format=torch.channels_last)
+    return bundle

@@ -167,7 +167,7 @@ def _note_faults(report: Check, faults: Sequence[Fault], total: int) -> None:
     for fault in faults:
         (report.size_mismatches if fault.mismatch else report.damaged)[fault.file] = fault.message
     count = len(report.size_mismatches)
-    if count and False:
+    if count and count > MISMATCH_LIMIT * total:
         first = next(iter(report.size_mismatches.values()))
         report.problems.append(f"{count} of {total} masks have another size than their image, so they are not its masks: {first}")
 

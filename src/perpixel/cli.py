@@ -1,6 +1,7 @@
 """The command line: one function per command, no logic. Everything heavy is imported inside, so that `--help` is instant."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it and typer does: 128 + SIGINT
 app = typer.Typer(
     help="Semantic segmentation: every pixel of every image labelled, and how far to trust it.",
     no_args_is_help=True,
@@ -118,7 +120,7 @@ def predict(
         result = predict_files(load(bundle), inputs, out, with_overlay=overlay, with_probabilities=probabilities, progress=progress)
     console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
-        console.print(f"[yellow]left out[/] {escape(why)}")
+        console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     if result.damaged:
         raise typer.Exit(2)
 
@@ -144,14 +146,17 @@ def demo(
 
 def main() -> None:
     """The `perpixel` command. Bad input ends with one message and exit code 2, no traceback."""
+    console = Console(stderr=True, soft_wrap=True)
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; a training run goes on with --resume")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print("interrupted; a training run goes on with --resume")
+        raise
 
 
 def _labels(options: list[str] | None) -> dict[int, int]:

@@ -1,5 +1,6 @@
 """Scores of a model on a set: one streaming confusion matrix, the loss of each image, the cost of the set."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.dataset import LabelledImages
-from perpixel.data.layouts import Pair, find_layout, split_pairs
-from perpixel.data.masks import LabelMap
+from perpixel.data.layouts import Layout, Pair, find_layout, split_pairs
+from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.losses import cross_entropy
 from perpixel.metrics import ABSENT_RULE, Confusion
@@ -30,8 +32,8 @@ class Evaluation:
 
     confusion: Confusion
     classes: list[str]
-    losses: dict[str, float] = field(default_factory=dict)  # image name -> its loss in nats per labelled pixel
-    damaged: dict[str, str] = field(default_factory=dict)  # file -> why it was left out
+    losses: dict[str, float] = field(default_factory=dict)  # image file -> its loss in nats per labelled pixel
+    damaged: dict[str, str] = field(default_factory=dict)  # image file -> why it was left out, naming the file at fault
     seconds: float = 0.0
 
     @property
@@ -44,12 +46,12 @@ class Evaluation:
         return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types: scores, the rule for absent classes, the loss of each image and the cost."""
+        """Plain types: scores, the rule for absent classes, the loss of each image and the cost; None where a number is not finite."""
         return {
             "images": len(self.losses),
             **self.confusion.to_dict(self.classes),
-            "cost": self.cost,
-            "losses": self.losses,
+            "cost": self.cost if math.isfinite(self.cost) else None,
+            "losses": {name: loss if math.isfinite(loss) else None for name, loss in self.losses.items()},
             "worst": [name for name, _ in self.worst()],
             "damaged": self.damaged,
             "seconds": round(self.seconds, 3),
@@ -86,7 +88,7 @@ def score(
         predicted = logits.argmax(0)
         result.confusion.update(labels, predicted, ignore=images.label_map.ignore)
         if (labels != images.label_map.ignore).any():
-            result.losses[example.name] = cross_entropy(logits[None], labels[None], ignore=images.label_map.ignore).item()
+            result.losses[str(images.pairs[index].image)] = cross_entropy(logits[None], labels[None], ignore=images.label_map.ignore).item()
         if keep is not None:
             keep(index, predicted)
         if progress is not None:
@@ -102,7 +104,7 @@ def evaluate(
     *,
     split: str | None = None,
     labels: Mapping[int, int] | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores of a bundle on a folder of images and masks.
@@ -110,34 +112,45 @@ def evaluate(
     Args:
         bundle: a loaded bundle or its path.
         images, masks: any layout that `perpixel check` understands.
-        split: score only this part ("train", "val", "test"). None: the "val" part where the layout has parts, everything where it has none.
+        split: score only this part ("train", "val", "test"). None: "val" where the layout has a part for training or validation, else
+            everything. A part that the layout leaves open is made as `perpixel train` makes it.
         labels: mask value -> class index or 255, over the bundle's own label map.
+        device: where a bundle given as a path runs; None: on the GPU where there is one.
 
     Raises:
         ValueError: nothing to score, or no file could be read.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle), device)
-    pairs = _pairs(Path(images), None if masks is None else Path(masks), split)
-    label_map = bundle.label_map
-    if labels:
-        label_map = LabelMap({**label_map.values, **labels}, label_map.rgb, label_map.nearest)
-    data = LabelledImages(pairs, label_map, bundle.card.bands, bundle.card.dtype, cache=False)
+    if not isinstance(bundle, Bundle):
+        bundle = load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     card = bundle.card
+    layout = find_layout(images, masks)
+    pairs = _pairs(layout, split, str(images))
+    data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
     result = score(bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress)
+    result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")
         raise ValueError(f"{images}: none of {len(pairs)} images could be scored. The first: {first}")
     return result
 
 
-def _pairs(images: Path, masks: Path | None, split: str | None) -> list[Pair]:
-    """The labelled pairs to score; a set without parts is split just as `perpixel train` splits it when a part is asked for."""
-    pairs = [pair for pair in find_layout(images, masks).pairs if pair.mask is not None]
-    if any(pair.split for pair in pairs):
-        split = split or "val"
-    elif split is not None:
-        pairs = split_pairs(pairs)
+def _label_map(bundle: Bundle, labels: Mapping[int, int]) -> LabelMap:
+    """The bundle's own label map, with `labels` (255 to ignore) over it."""
+    own, last = bundle.label_map, len(bundle.card.classes) - 1
+    for value, label in labels.items():
+        if label not in (*range(last + 1), IGNORE, own.ignore):
+            raise ValueError(f"label {value}={label}: the bundle has no class {label}, only 0 to {last}. Give one of these, or 'ignore'.")
+    given = {value: own.ignore if label == IGNORE and last < IGNORE else label for value, label in labels.items()}
+    return LabelMap({**own.values, **given}, own.rgb, own.nearest, own.ignore)
+
+
+def _pairs(layout: Layout, split: str | None, images: str) -> list[Pair]:
+    """The labelled pairs to score. Where the set has no part for validation, it is split just as `perpixel train` splits it."""
+    pairs = [pair for pair in layout.pairs if pair.mask is not None]
+    if split is None and any(pair.split in ("train", "val") for pair in pairs):
+        split = "val"
     if split is not None:
+        pairs = split_pairs(pairs)
         parts = sorted({str(pair.split) for pair in pairs if pair.split})
         pairs = [pair for pair in pairs if pair.split == split]
         if not pairs:
@@ -153,7 +166,7 @@ def render(result: Evaluation, console: Console) -> None:
     table = Table("class", "accuracy", "IoU", "Dice", "share of pixels", title=f"{len(result.losses)} images")
     share = matrix.counts.sum(1) / matrix.counts.sum().clamp(min=1)
     for name, *values in zip(result.classes, matrix.class_accuracy, matrix.iou, matrix.dice, share, strict=True):
-        table.add_row(name, *(_percent(float(value)) for value in values))
+        table.add_row(escape(name), *(_percent(float(value)) for value in values))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -164,9 +177,9 @@ def render(result: Evaluation, console: Console) -> None:
     console.print(f"[dim]One matrix over the whole set; {ABSENT_RULE}[/]")
     console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel). Largest losses:")
     for name, loss in result.worst():
-        console.print(f"  {loss:8.4f}  {name}")
-    for file, why in result.damaged.items():
-        console.print(f"[yellow]left out[/] {file}: {why}")
+        console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)
+    for why in result.damaged.values():
+        console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
 
 
 def _percent(value: float) -> str:

@@ -180,42 +180,34 @@ def _hub_is_reachable() -> bool:
 
 def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     """Crop and batch from the images' size, the model's geometry and the machine."""
-    geometry = _geometry(choices, report)
-    heights, widths = zip(*report.sizes, strict=True)
+    name, geometry = choices.taken["model"]["name"], _geometry(choices, report)
     largest = MAX_CROP["cuda" if machine.gpu else "cpu"] + 2 * geometry.margin
-    crop = [_crop_side(side, largest, geometry) for side in (_typical(report, heights, 0), _typical(report, widths, 1))]
-    crop = choices.take("train.crop", crop, f"the images' typical size, at most {largest}, as {choices.taken['model']['name']} takes it")
+    crop = [_crop_side(_typical(report, axis), largest, geometry) for axis in (0, 1)]
+    crop = choices.take("train.crop", crop, f"the images' typical size, at most {largest}, as {name} takes it")
     if not all(geometry.fits(side) for side in crop):
         legal = "x".join(str(geometry.fit(side)) for side in crop)
-        raise ValueError(
-            f"train.crop is {crop[0]}x{crop[1]}; {choices.taken['model']['name']} needs {geometry.describe()}. The nearest is {legal}."
-        )
+        raise ValueError(f"train.crop is {crop[0]}x{crop[1]}; {name} needs {geometry.describe()}. The nearest is {legal}.")
     choices.take("train.batch", 16 if machine.gpu else 8, "enough for batch norm, small enough for many steps")
-    precision = "bf16-mixed" if machine.bf16 else "32-true"
-    choices.take("train.precision", precision, f"this machine ({machine.words})")
-    decoded = sum(height * width * count for (height, width), count in report.sizes.items()) * (report.bands * DEPTH[report.dtype] + 1)
-    choices.take(
-        "train.cache", decoded < machine.memory / 4, f"decoded images take {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB"
-    )
+    choices.take("train.precision", "bf16-mixed" if machine.bf16 else "32-true", f"this machine: {machine.words}")
+    values = sum(height * width * count for (height, width), count in report.sizes.items())
+    decoded = values * (report.bands * DEPTH[report.dtype] + 1)
+    fits = decoded < machine.memory / 4
+    choices.take("train.cache", fits, f"decoded, the set takes {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
     workers = min(8, machine.cores - 1) if machine.gpu else 0
-    choices.take(
-        "train.workers",
-        workers,
-        "processes that augment while the GPU works" if workers else "augmentation is quick beside a processor's own work",
-    )
+    choices.take("train.workers", workers, "they augment while the GPU works" if workers else "the cores are busy with the network")
 
 
-def _typical(report: Check, sides: Any, axis: int) -> int:
-    """The median side, in pixels."""
+def _typical(report: Check, axis: int) -> int:
+    """The median side in pixels; axis 0: height, 1: width."""
     every = sorted(size[axis] for size, count in report.sizes.items() for _ in range(count))
     return every[len(every) // 2]
 
 
 def _crop_side(side: int, largest: int, geometry: InputGeometry) -> int:
-    """The legal side nearest below the image's side and the largest wanted, or the smallest legal one above."""
-    wanted = min(side, largest)
-    fitted = geometry.fit(wanted)
-    return fitted if fitted == wanted or fitted - geometry.multiple < geometry.minimum else fitted - geometry.multiple * (fitted > largest)
+    """The smallest legal side that covers the image's side, or the largest legal one that `largest` allows."""
+    fitted = geometry.fit(min(side, largest))
+    too_large = fitted > largest and fitted - geometry.multiple >= geometry.minimum
+    return fitted - geometry.multiple if too_large else fitted
 
 
 def _geometry(choices: Choices, report: Check) -> InputGeometry:

@@ -34,7 +34,6 @@ class Segmenter:
         """RGB colours of the classes, 0..255."""
         return self.bundle.card.colors
 
-    @torch.inference_mode()
     def logits(self, image: np.ndarray | Tensor | Path | str) -> Tensor:
         """(K, H, W) float32 real scores before softmax, at exactly the image's size, whatever its size.
 
@@ -44,14 +43,17 @@ class Segmenter:
         Raises:
             ValueError: unreadable file, or bands that differ from those the model was trained on.
         """
-        card = self.bundle.card
-        pixels = read_image(Path(image)) if isinstance(image, str | Path) else _as_bands(image)  #                       1 read
-        pixels = conform(pixels, card.bands, card.dtype, str(image) if isinstance(image, str | Path) else "image")
-        device = next(self.bundle.model.parameters()).device
-        normalized = self.bundle.normalize(torch.from_numpy(pixels).to(device))  #                                       2 normalise
-        return predict_tiled(
-            self.bundle.model, normalized, card.tile, card.overlap
-        ).float()  #                          3-5 tile, model, stitch
+        if isinstance(image, str | Path):
+            return self._logits(read_image(Path(image)), str(image))
+        return self._logits(_as_bands(image), "image")
+
+    @torch.inference_mode()
+    def _logits(self, pixels: np.ndarray, source: str) -> Tensor:
+        """Logits of pixels (C, H, W) as `read_image` gives them (step 1); `source` names them in errors."""
+        card, model = self.bundle.card, self.bundle.model
+        pixels = conform(pixels, card.bands, card.dtype, source)
+        normalized = self.bundle.normalize(torch.from_numpy(pixels).to(next(model.parameters()).device))  # 2 normalise
+        return predict_tiled(model, normalized, card.tile, card.overlap).float()  # 3 tile, 4 model, 5 stitch
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
         """(K, H, W) float32 softmax probabilities; see `logits`."""
@@ -62,7 +64,7 @@ class Segmenter:
         return self._labels(self.logits(image))
 
     def _labels(self, logits: Tensor) -> np.ndarray:
-        return logits.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  #             7 argmax
+        return logits.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  # 7 argmax
 
 
 def load(bundle: Path | str, device: str | None = None) -> Segmenter:
@@ -101,30 +103,30 @@ def predict_files(
         The label images written, and the damaged inputs, which are named and left out: one bad file does not stop the others.
 
     Raises:
-        ValueError: no pictures, or two that would be written to the same file. OSError: the disk is full.
+        ValueError: no pictures, two that would be written to the same file, or one that would overwrite an input.
+        OSError: the disk is full.
     """
     result = Predicted()
     pictures = find_pictures(inputs)
     _refuse_collisions(pictures, out)
-    for done, picture in enumerate(pictures):
+    for done, picture in enumerate(pictures, 1):
         try:
-            image = read_image(picture)
-            logits = segmenter.logits(torch.from_numpy(image))
+            image = read_image(picture)  # 1 read
+            logits = segmenter._logits(image, str(picture))
         except ValueError as error:
-            message = str(error)
-            result.damaged[str(picture)] = message if str(picture) in message else f"{picture}: {message}"
-            continue
-        labels = segmenter._labels(logits)
-        target = out / f"{picture.name}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_labels(target, labels, segmenter.colors)  #                                                                8 write
-        if with_overlay:
-            write_rgb(_beside(out, "overlays", picture, ".jpg"), overlay(image, labels, segmenter.colors))
-        if with_probabilities:
-            _write_array(_beside(out, "probabilities", picture, ".npy"), logits.softmax(0).half().cpu().numpy())
-        result.written.append(target)
+            result.damaged[str(picture)] = str(error)
+        else:
+            labels = segmenter._labels(logits)
+            target = out / f"{picture.name}.png"
+            write_labels(target, labels, segmenter.colors)  # 8 write
+            if with_overlay:
+                unseen = int(np.iinfo(labels.dtype).max)  # a prediction ignores nothing
+                write_rgb(out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, segmenter.colors, ignore=unseen))
+            if with_probabilities:
+                _write_array(out / "probabilities" / f"{picture.name}.npy", logits.softmax(0).half().cpu().numpy())
+            result.written.append(target)
         if progress is not None:
-            progress(done + 1, len(pictures), picture.name)
+            progress(done, len(pictures), picture.name)
     return result
 
 
@@ -153,17 +155,16 @@ def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:
 
 def _refuse_collisions(pictures: Sequence[Picture], out: Path) -> None:
     seen: dict[str, Picture] = {}
+    inputs = {picture.path.resolve() for picture in pictures}
     for picture in pictures:
+        if (out / f"{picture.name}.png").resolve() in inputs:
+            raise ValueError(
+                f"{out / picture.name}.png is an input, and the labels of {picture} would overwrite it; choose another folder."
+            )
         if picture.name in seen:
             both = f"{seen[picture.name]} and {picture}"
             raise ValueError(f"{both} would both be written to {out / picture.name}.png; predict them into two folders.")
         seen[picture.name] = picture
-
-
-def _beside(out: Path, folder: str, picture: Picture, suffix: str) -> Path:
-    path = out / folder / f"{picture.name}{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

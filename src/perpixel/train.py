@@ -161,8 +161,7 @@ class Run:
         self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
         self.normalize = Normalize(SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
-        kind, pixels = section.class_weights, report.pixels["train"]
-        self.class_weights = None if kind == "none" else class_weights(kind, pixels)
+        self.class_weights = _class_weights(section.class_weights, report.pixels["train"])
         self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
         self.val_images = self._images("val")
         self.criterion = self._criterion()
@@ -242,7 +241,9 @@ class Run:
             freeze_batch_norm(self.bare.encoder)
         pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         logits = self.model(pixels)
-        value = cost(self.criterion(logits, labels.to(device), None if weights is None else weights.to(device)))
+        thin = _every(section.loss_stride, self.place.step)
+        labels, weights = labels[thin].to(device), None if weights is None else weights[thin].to(device)
+        value = cost(self.criterion(logits[thin], labels, weights))
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(value)
         if section.clip is not None:
@@ -381,6 +382,20 @@ def _fabric(section: TrainSection) -> Fabric:
     fabric = Fabric(accelerator="auto", precision=section.precision, **many)
     fabric.launch()
     return fabric
+
+
+def _class_weights(kind: str, pixels: Sequence[int]) -> Tensor | None:
+    """(K,) weights of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning."""
+    if kind == "none":
+        return None
+    weights, share = class_weights(kind, pixels), torch.tensor(pixels, dtype=torch.float64) / sum(pixels)
+    return weights / float((weights * share).sum())
+
+
+def _every(stride: int, step: int) -> tuple[Any, ...]:
+    """Every `stride`-th pixel in both directions, from an origin that moves on with each step until all pixels had their turn."""
+    row, column = divmod(step % stride**2, stride)
+    return (..., slice(row, None, stride), slice(column, None, stride))
 
 
 def _gathered(fabric: Fabric, result: Evaluation) -> Evaluation:

@@ -71,3 +71,13 @@ def test_copies_beyond_the_first_block_are_found() -> None:
     train = [Fingerprint(bytes([i % 256, i // 256]), rng.random(64) < 0.5, small[i]) for i in range(BLOCK + 5)]
     copy = Fingerprint(b"other", train[BLOCK + 3].bits.copy(), train[BLOCK + 3].small)
     assert find_duplicates(train, [copy]) == [("near", BLOCK + 3, 0)]
+
+
+def test_both_signs_are_needed_for_near() -> None:
+    rng = np.random.default_rng(0)
+    one, two = (vector / np.linalg.norm(vector) for vector in rng.normal(size=(2, 256)).astype(np.float32))
+    bits = rng.random(64) < 0.5
+    train = [Fingerprint(b"a", bits, one)]
+    assert find_duplicates(train, [Fingerprint(b"b", bits, two)]) == []
+    assert find_duplicates(train, [Fingerprint(b"b", ~bits, one)]) == []
+    assert find_duplicates(train, [Fingerprint(b"b", bits, one)]) == [("near", 0, 0)]

@@ -40,10 +40,11 @@ def test_two_folders_are_paired_by_stem_whatever_the_usual_suffix(tmp_path: Path
     assert found.kind == "two folders"
 
 
-def test_an_equal_stem_wins_over_a_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "images/a.png", "images/a_mask.png", "masks/a.png", "masks/a_mask.png")
-    pairs = relative(find_layout(tmp_path / "images", tmp_path / "masks"), tmp_path)
-    assert pairs == {("images/a.png", "masks/a.png", None), ("images/a_mask.png", "masks/a_mask.png", None)}
+def test_an_equal_stem_wins_over_one_with_a_word_for_masks(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.png", "images/a_mask.png", "masks/GT_a.png", "masks/a.png", "masks/a_mask.png")
+    found = find_layout(tmp_path / "images", tmp_path / "masks")
+    assert relative(found, tmp_path) == {("images/a.png", "masks/a.png", None), ("images/a_mask.png", "masks/a_mask.png", None)}
+    assert [picture.path.name for picture in found.orphan_masks] == ["GT_a.png"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perpixel.models import ENCODERS, MODELS, build, describe, input_geometry
+from perpixel.models import ENCODERS, MODELS, build, describe
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 
 
@@ -102,12 +102,20 @@ def test_describe_counts_the_parameters_of_real_models_and_lists_every_one():
     assert rows["unet"].parameters == sum(p.numel() for p in build("unet", 2).parameters())
 
 
-def test_input_geometry_is_the_model_s_own():
-    assert input_geometry("unet", "mobilenetv2_100") == InputGeometry(multiple=32, minimum=64)
-    assert input_geometry("unet", "plain") == InputGeometry(multiple=16, minimum=32)
-    assert input_geometry("unet_paper") == InputGeometry(16, 12, 92, 188)
+@pytest.mark.parametrize(
+    ("name", "encoder", "geometry"),
+    [
+        ("unet", "mobilenetv2_100", InputGeometry(multiple=32, minimum=64)),
+        ("unet", "plain", InputGeometry(multiple=16, minimum=32)),
+        ("unet_paper", None, InputGeometry(16, 12, 92, 188)),
+    ],
+)
+def test_a_model_takes_multiples_of_its_coarsest_stride(name, encoder, geometry):
+    with torch.device("meta"):
+        assert build(name, 2, encoder).geometry == geometry
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_recommended_encoder_exists(encoder):
-    assert input_geometry("unet", encoder).fits(256)
+    with torch.device("meta"):
+        assert build("unet", 2, encoder).geometry.fits(256)

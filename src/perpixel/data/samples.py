@@ -110,7 +110,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Scene:
 
     up = np.clip(1 - rows / waterline, 0, 1)[..., None]  # 1 at the top, 0 at the water line
     sky = light[1] + (light[0] - light[1]) * up**0.8
-    clouds = _noise(rng, height, width, (2, 3), (0.55, 0.3, 0.2))
+    clouds = _noise(rng, height, width, (2.2, 1.6), (0.6, 0.4, 0.26, 0.17, 0.1))
     cover = np.clip(clouds * rng.uniform(0.5, 1.4) + rng.uniform(-0.7, 0.3), 0, 1)[..., None]
     sky += cover * (np.float32(rng.uniform(150, 245)) - sky) * np.float32(0.8)
 
@@ -119,7 +119,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Scene:
     below = DEPTHS[rng.integers(len(DEPTHS))] * np.float32(rng.uniform(0.8, 1.3))
     water = mirrored + (below - mirrored) * np.sqrt(np.clip(deep * rng.uniform(1.3, 2.6), 0, 1))[..., None]
     # Perspective: a row of the ripple field is met ever more slowly towards the viewer.
-    field = _noise(rng, height, width, (24, 4), (0.6, 0.5, 0.35))
+    field = _noise(rng, height, width, (22, 3), (0.6, 0.5, 0.35))
     met = np.clip(np.log1p(deep * 14) / np.log(15) * (height - 1), 0, height - 1).astype(np.int32)
     ripples = field[met, np.arange(width)]
     glints = np.clip(ripples - rng.uniform(0.8, 1.3), 0, 1)
@@ -129,13 +129,16 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Scene:
     return Scene(sky + (water - sky) * wet, np.where(wet[..., 0] >= 0.5, WATER, SKY).astype(np.uint8), waterline)
 
 
-def _noise(rng: np.random.Generator, height: int, width: int, cells: tuple[int, int], strengths: tuple[float, ...]) -> np.ndarray:
+def _noise(rng: np.random.Generator, height: int, width: int, cells: tuple[float, float], strengths: tuple[float, ...]) -> np.ndarray:
     """(H, W) float32 smooth noise of about unit spread: octaves of random grids, the coarsest of `cells` (rows, columns)."""
     total = np.zeros((height, width), dtype=np.float32)
     for octave, strength in enumerate(strengths):
-        grid = rng.standard_normal((cells[0] * 3**octave, cells[1] * 3**octave), dtype=np.float32)
-        total += np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)) * np.float32(strength)
-    return total / np.float32(np.hypot.reduce(strengths)) * np.float32(1.3)
+        rows, columns = cells[0] * 2.3**octave, cells[1] * 2.3**octave
+        grid = Image.fromarray(rng.standard_normal((int(rows) + 2, int(columns) + 2), dtype=np.float32))
+        down, right = rng.random(2)  # a shift per octave, or the grids' corners would line up and show
+        box = (right, down, right + columns, down + rows)
+        total += np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC, box=box)) * np.float32(strength)
+    return total / np.float32(np.hypot.reduce(strengths)) * np.float32(1.4)
 
 
 def _blend(scene: Scene, box: tuple[slice, slice], cover: np.ndarray, color: np.ndarray, label: int) -> None:
@@ -148,8 +151,8 @@ def _blend(scene: Scene, box: tuple[slice, slice], cover: np.ndarray, color: np.
 def _paint_animal(scene: Scene, rng: np.random.Generator, kind: int) -> None:
     """A body with tail, wing or fin, and eye. `kind` decides the place and nothing else: every other number is drawn alike."""
     height, width = scene.labels.shape
-    half = height * rng.uniform(0.045, 0.105)  # half the length of the body
-    stout, tail, fin, sweep = rng.uniform(0.28, 0.42), rng.uniform(0.4, 0.65), rng.uniform(0.55, 1.0), rng.uniform(0.3, 0.8)
+    half = height * rng.uniform(0.05, 0.115)  # half the length of the body
+    stout, tail, fin, sweep = rng.uniform(0.28, 0.42), rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.1), rng.uniform(0.5, 1.2)
     angle, left, over = rng.uniform(-0.4, 0.4), rng.choice([-1, 1]), rng.choice([-1, 1])
     coats = COATS[rng.choice(len(COATS), 2, replace=False)] + rng.normal(0, 10, (2, 3)).astype(np.float32)
     bands, phase = rng.uniform(4, 9), rng.uniform(0, 6)
@@ -166,9 +169,10 @@ def _paint_animal(scene: Scene, rng: np.random.Generator, kind: int) -> None:
     u = left * (np.cos(angle) * right + np.sin(angle) * down)  # along the body: 1 at the beak or mouth, -1 where the tail begins
     v = np.cos(angle) * down - np.sin(angle) * right  # across it, down positive
     w = over * v
-    body = stout * np.sqrt(np.clip(1 - u * u, 0, None)) * (1 + 0.25 * u) - np.abs(v)
-    fan = np.minimum(np.minimum(-0.7 - u, 0.9 * tail * (-u - 0.62) * 1.6 - np.abs(v)), u + 1.5 - 0.55 * np.abs(v) / tail - 0.1)
-    wing = np.minimum(np.minimum(w - 0.02, fin - w), np.minimum(0.35 - u - sweep * w, u + 0.45 + (sweep - 0.35) * w))
+    # Each part is positive inside and falls off outside at about one per half length.
+    body = np.minimum(stout * np.sqrt(np.clip(1 - u * u, 0, None)) * (1 + 0.25 * u) - np.abs(v), 0.98 - np.abs(u))
+    fan = np.minimum(np.minimum(-0.7 - u, tail * (-u - 0.55) - np.abs(v)), u + 1.15 + 0.45 * np.abs(v) / tail)
+    wing = np.minimum(w - 0.02, np.minimum(0.32 - u - sweep * w, u + 0.4 + (sweep - 0.72 / fin) * w) * 0.8)  # its edges meet at w = fin
     cover = np.clip(np.maximum(np.maximum(body, fan), wing) * np.float32(half) + 0.5, 0, 1)
 
     stripes = np.clip(2.5 * np.sin(bands * u + 1.5 * v + phase), -1, 1) * 0.5 + 0.5
@@ -229,6 +233,6 @@ def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Exposure, white balance, blotchy and fine sensor noise; (H, W, 3) uint8."""
     height, width, _ = image.shape
     image = image * (rng.uniform(0.82, 1.12) * rng.uniform(0.95, 1.05, 3)).astype(np.float32)
-    image += _noise(rng, height, width, (30, 40), (1.0,))[..., None] * np.float32(rng.uniform(2, 5))
+    image += _noise(rng, height, width, (19, 26), (0.6, 0.5))[..., None] * np.float32(rng.uniform(2, 5))
     image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(4, 9))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
@@ -97,12 +99,6 @@ def build(
     return MODELS[name](classes, **given)
 
 
-def input_geometry(name: str, encoder: str | None = None) -> InputGeometry:
-    """The sizes that model `name` on `encoder` takes, without allocating it. Errors as in `build`."""
-    with torch.device("meta"):
-        return build(name, 2, encoder).geometry
-
-
 def describe() -> list[ModelRow]:
     """What can be built, in the order of `MODELS`; nothing is allocated or downloaded."""
     rows = []
@@ -115,6 +111,18 @@ def describe() -> list[ModelRow]:
     return rows
 
 
+def render(console: Console) -> None:
+    """What can be built, as tables for people."""
+    table = Table("model", "paper", "parameters", "margin", "", title="--set model.name=NAME")
+    for row in describe():
+        table.add_row(row.name, f"{row.paper}, {row.year}", f"{row.parameters:,}", str(row.margin), row.note)
+    console.print(table)
+    table = Table("encoder", "", title="--set model.encoder=NAME: any timm network with feature maps; these are recommended")
+    for name, note in ENCODERS.items():
+        table.add_row(name, note)
+    console.print(table)
+
+
 __all__ = [
     "ENCODERS",
     "MODELS",
@@ -124,7 +132,7 @@ __all__ = [
     "SegmentationModel",
     "build",
     "describe",
-    "input_geometry",
+    "render",
     "unet",
     "unet_paper",
 ]
