@@ -161,7 +161,7 @@ class Run:
         self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
         self.normalize = Normalize(SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
-        self.class_weights = _class_weights(section.class_weights, report.pixels["train"])
+        self.class_weights = _class_weights(section.class_weights, report)
         self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
         self.val_images = self._images("val")
         self.criterion = self._criterion()
@@ -384,11 +384,15 @@ def _fabric(section: TrainSection) -> Fabric:
     return fabric
 
 
-def _class_weights(kind: str, pixels: Sequence[int]) -> Tensor | None:
+def _class_weights(kind: str, report: Check) -> Tensor | None:
     """(K,) weights of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning."""
     if kind == "none":
         return None
-    weights, share = class_weights(kind, pixels), torch.tensor(pixels, dtype=torch.float64) / sum(pixels)
+    pixels = report.pixels["train"]
+    weights, share = (
+        class_weights(kind, pixels, report.pixels_where_present["train"]),
+        torch.tensor(pixels, dtype=torch.float64) / sum(pixels),
+    )
     return weights / float((weights * share).sum())
 
 
