@@ -1,5 +1,9 @@
 """Shared by all tests: the marker for real data, a small data set, a run on it."""
 
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -61,3 +65,65 @@ def run(sample_set, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     train(sample_set / "images", sample_set / "masks", out=out, steps=12, settings=TINY)
     return out
+
+
+@pytest.fixture
+def make_bundle(tmp_path):
+    """Writes a bundle of an untrained narrow model: `make_bundle(bands=3, dtype="uint8", classes=3, tile=1024, ...)` -> its path."""
+
+    def make(name="model.safetensors", *, bands=3, dtype="uint8", classes=3, tile=1024, overlap=64, model="unet", **options):
+        import torch
+
+        from perpixel.bundle import Card, save_bundle
+        from perpixel.data.images import default_colors
+        from perpixel.models import build
+
+        encoder = "plain" if model == "unet" else None
+        options = {"width": 2, **options}
+        torch.manual_seed(0)
+        network = build(model, classes, encoder=encoder, in_channels=bands, **options)
+        with torch.no_grad():
+            for parameter in network.decoder.classify.parameters():
+                parameter.normal_()  # so that every class is predicted somewhere
+        card = Card(
+            perpixel="0.1.0", model=model, encoder=encoder, options=options, bands=bands, dtype=dtype, mean=[0.5] * bands, std=[0.25] * bands,
+            classes=[f"class {k}" for k in range(classes)], colors=default_colors(classes), tile=tile, overlap=overlap,
+            label_map={"values": {str(k): k for k in range(classes)}, "rgb": False, "nearest": False, "ignore": 255},
+        )  # fmt: skip
+        save_bundle(tmp_path / name, network.state_dict(), card)
+        return tmp_path / name
+
+    return make
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys, monkeypatch) -> Callable[..., Said]:
+    """`command("check", folder)` runs `perpixel check folder` through `main` in this process; an exception that escapes fails the test."""
+    from perpixel.cli import main
+
+    monkeypatch.setenv("COLUMNS", "1000")  # messages stay on one line
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+
+    def call(*arguments: object) -> Said:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["perpixel", *map(str, arguments)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert isinstance(code, int)
+        assert "Traceback" not in out + err
+        return Said(code, out, err)
+
+    return call

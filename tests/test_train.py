@@ -28,8 +28,8 @@ def same(first, second):
 
 
 def test_a_run_leaves_everything_the_readme_names(run):
-    names = {path.name for path in run.iterdir()}
-    assert {"best.safetensors", "last.safetensors", "resume.safetensors", "recipe.yaml", "metrics.csv", "evaluation.json", "validation"} <= names
+    files = {"best.safetensors", "last.safetensors", "resume.safetensors", "recipe.yaml", "metrics.csv", "evaluation.json", "validation"}
+    assert files <= {path.name for path in run.iterdir()}
     pictures = sorted((run / "validation").iterdir())
     assert len(pictures) == 4
     assert read_image(pictures[0]).shape == (3, 64, 3 * 96)
@@ -47,16 +47,18 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_weights_of_an_uninter
     settings = [*tiny_settings, "train.validations=8", "train.ema=0.9", "train.augment.rotation=20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = dict(os.environ, OMP_NUM_THREADS="2")
-    subprocess.run([sys.executable, *command(sample_set, whole, settings, "--steps", "40")], check=True, env=environment, capture_output=True)
+    state = killed / "resume.safetensors"
+    subprocess.run([sys.executable, *command(sample_set, whole, settings, "--steps", "40")], check=True, env=environment)
     for pause in (0.0, 0.4):
-        process = subprocess.Popen([sys.executable, *command(sample_set, killed, settings, "--steps", "40", "--resume")], env=environment, stdout=subprocess.DEVNULL)
-        before = (killed / "resume.safetensors").stat().st_mtime_ns if (killed / "resume.safetensors").exists() else 0
-        while process.poll() is None and not ((killed / "resume.safetensors").exists() and (killed / "resume.safetensors").stat().st_mtime_ns > before):
+        resumed = [sys.executable, *command(sample_set, killed, settings, "--steps", "40", "--resume")]
+        process = subprocess.Popen(resumed, env=environment)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
             time.sleep(0.005)
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed; make it longer"
-    subprocess.run([sys.executable, *command(sample_set, killed, settings, "--resume")], check=True, env=environment, capture_output=True)
+    subprocess.run([sys.executable, *command(sample_set, killed, settings, "--resume")], check=True, env=environment)
     assert same(whole / "last.safetensors", killed / "last.safetensors")
     assert same(whole / "best.safetensors", killed / "best.safetensors")
     with (whole / "metrics.csv").open() as first, (killed / "metrics.csv").open() as second:
@@ -118,7 +120,8 @@ def test_a_data_set_of_one_image_smaller_than_the_crop_trains(tmp_path, tiny_set
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
     write_rgb(tmp_path / "images" / "a.png", torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=rng).numpy())
-    write_labels(tmp_path / "masks" / "a.png", torch.randint(0, 2, (40, 50), dtype=torch.uint8, generator=rng).numpy(), [(0, 0, 0), (255, 0, 0)])
+    labels = torch.randint(0, 2, (40, 50), dtype=torch.uint8, generator=rng).numpy()
+    write_labels(tmp_path / "masks" / "a.png", labels, [(0, 0, 0), (255, 0, 0)])
     outcome = train(tmp_path / "images", tmp_path / "masks", out=tmp_path / "run", steps=2, settings=tiny_settings)
     assert outcome.step == 2
 
@@ -138,8 +141,9 @@ def test_a_cost_that_explodes_stops_with_advice(sample_set, tmp_path, tiny_setti
 
 
 def test_a_crop_that_the_model_cannot_take_names_the_nearest_legal_one(sample_set, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.crop is 200x200; unet_paper needs sides of 16\*k \+ 12, at least 188\. The nearest is 204x204"):
-        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=["model.name=unet_paper", "train.crop=[200, 200]"])
+    settings = ["model.name=unet_paper", "train.crop=[200, 200]"]
+    with pytest.raises(ValueError, match=r"200x200; unet_paper needs sides of 16\*k \+ 12, at least 188\. The nearest is 204x204"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice", "focal", "lovasz_softmax"])

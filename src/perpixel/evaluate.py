@@ -174,7 +174,7 @@ def render(result: Evaluation, console: Console) -> None:
         f"pixel accuracy [bold]{_percent(matrix.pixel_accuracy)}[/]   mean accuracy {_percent(matrix.mean_accuracy)}   "
         f"mIoU [bold]{_percent(matrix.miou)}[/]   frequency-weighted IoU {_percent(matrix.fwiou)}   mean Dice {_percent(matrix.mean_dice)}"
     )
-    console.print(f"[dim]One matrix over the whole set; {ABSENT_RULE}[/]")
+    console.print(f"[dim]One matrix over the whole set. {ABSENT_RULE}[/]")
     console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel). Largest losses:")
     for name, loss in result.worst():
         console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)

@@ -18,7 +18,7 @@ from perpixel.check import Check
 from perpixel.models import InputGeometry, build
 from perpixel.recipe import Recipe, merge
 
-MAX_CROP = {"cpu": 320, "cuda": 512}  # pixels a side
+CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
 DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value
 PHOTO_ENCODER = {"cpu": "mobilenetv2_100", "cuda": "resnet34"}
 
@@ -94,8 +94,9 @@ def plan(
     _plan_data(choices, report)
     _plan_model(choices, report, machine)
     _plan_batches(choices, report, machine)
-    _plan_optimisation(choices, report, machine)
-    _plan_length(choices, report, machine, steps, minutes)
+    _plan_optimisation(choices, report)
+    _plan_augmentation(choices, report)
+    _plan_length(choices, report, steps, minutes)
     lengths = {key: choices.taken["train"].get(key) for key in ("steps", "minutes")}
     recipe = Recipe.model_validate(merge(choices.taken, given, {"train": lengths} if any(lengths.values()) else {}))
     return recipe, choices.reasons
@@ -117,13 +118,17 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     weights = _given(choices.given, "model.encoder_weights")
     encoder, reason = _propose_encoder(report, machine, weights)
     encoder = choices.take("model.encoder", encoder, reason)
-    if encoder != "plain":
-        online = weights is None and _hub_is_reachable()
+    gpu = machine.gpu is not None
+    if encoder == "plain":
         choices.take(
-            "model.encoder_weights",
-            True if online else None,
-            "published weights are downloaded" if online else "no hub can be reached: from scratch",
+            "model.options", {"width": 64 if gpu else 16}, "the paper's width" if gpu else "narrow: a processor's time goes further"
         )
+        return
+    online = weights is None and _hub_is_reachable()
+    why = "published weights are downloaded" if online else "no hub can be reached: from scratch"
+    choices.take("model.encoder_weights", True if online else None, why)
+    light = {"decoder_channels": [128, 64, 32, 32], "head_stride": 2, "dropout": 0.1}
+    choices.take("model.options", {} if gpu else light, "the decoder's own" if gpu else "a light decoder: a processor's time goes further")
 
 
 def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
@@ -136,7 +141,7 @@ def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str
         return photo, f"8-bit RGB: ImageNet weights help, and this one suits {machine.gpu or 'a processor'}"
     return (
         "plain",
-        "no hub can be reached for ImageNet weights (give a file: --set model.encoder_weights=FILE): the U-Net path, from scratch",
+        "no hub can be reached for ImageNet weights (--set model.encoder_weights=FILE takes a file): the U-Net path, from scratch",
     )
 
 
@@ -181,13 +186,15 @@ def _hub_is_reachable() -> bool:
 def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     """Crop and batch from the images' size, the model's geometry and the machine."""
     name, geometry = choices.taken["model"]["name"], _geometry(choices, report)
-    largest = MAX_CROP["cuda" if machine.gpu else "cpu"] + 2 * geometry.margin
-    crop = [_crop_side(_typical(report, axis), largest, geometry) for axis in (0, 1)]
-    crop = choices.take("train.crop", crop, f"the images' typical size, at most {largest}, as {name} takes it")
+    area = CROP_AREA["cuda" if machine.gpu else "cpu"]
+    sides = _typical(report, 0), _typical(report, 1)
+    share = min(1.0, math.sqrt(area / (sides[0] * sides[1])))
+    crop = [_nearest_legal(share * side + 2 * geometry.margin, geometry) for side in sides]
+    crop = choices.take("train.crop", crop, f"{100 * share:.0f} % of the typical side, in sizes that {name} takes")
     if not all(geometry.fits(side) for side in crop):
         legal = "x".join(str(geometry.fit(side)) for side in crop)
         raise ValueError(f"train.crop is {crop[0]}x{crop[1]}; {name} needs {geometry.describe()}. The nearest is {legal}.")
-    choices.take("train.batch", 16 if machine.gpu else 8, "enough for batch norm, small enough for many steps")
+    choices.take("train.batch", 16 if machine.gpu else 4, "many updates matter more than large ones" if not machine.gpu else "fills a GPU")
     choices.take("train.precision", "bf16-mixed" if machine.bf16 else "32-true", f"this machine: {machine.words}")
     values = sum(height * width * count for (height, width), count in report.sizes.items())
     decoded = values * (report.bands * DEPTH[report.dtype] + 1)
@@ -203,11 +210,10 @@ def _typical(report: Check, axis: int) -> int:
     return every[len(every) // 2]
 
 
-def _crop_side(side: int, largest: int, geometry: InputGeometry) -> int:
-    """The smallest legal side that covers the image's side, or the largest legal one that `largest` allows."""
-    fitted = geometry.fit(min(side, largest))
-    too_large = fitted > largest and fitted - geometry.multiple >= geometry.minimum
-    return fitted - geometry.multiple if too_large else fitted
+def _nearest_legal(side: float, geometry: InputGeometry) -> int:
+    above = geometry.fit(math.ceil(side))
+    below = above - geometry.multiple
+    return below if below >= geometry.minimum and side - below < above - side else above
 
 
 def _geometry(choices: Choices, report: Check) -> InputGeometry:
@@ -217,30 +223,47 @@ def _geometry(choices: Choices, report: Check) -> InputGeometry:
         return build(model["name"], len(report.classes), encoder=model.get("encoder"), in_channels=report.bands, **options).geometry
 
 
-def _plan_optimisation(choices: Choices, report: Check, machine: Machine) -> None:
+def _plan_optimisation(choices: Choices, report: Check) -> None:
     model = choices.taken["model"]
     pretrained = bool(model.get("encoder_weights"))
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
-    choices.take("train.lr", 1e-3, "AdamW's usual rate for this model")
-    choices.take(
-        "train.encoder_lr_scale",
-        0.5 if pretrained else 1.0,
-        "the encoder is trained already" if pretrained else "the encoder learns from scratch",
-    )
-    choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
+    choices.take("train.lr", 2e-3, "AdamW, with warm-up and a cosine to zero")
+    scale = 0.3 if pretrained else 1.0
+    choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
+    choices.take("train.ema", 0.98, "averaged weights score better than the last ones")
+    shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
+    uneven = min(shares) < 0.1 / len(shares)
+    rare = f"the rarest class has {100 * min(shares):.2g} % of the pixels"
+    choices.take("train.class_weights", "inverse_log" if uneven else "none", rare)
+    terms = [{"name": "cross_entropy", "weight": 1.0}, {"name": "lovasz_softmax", "weight": 0.5}]
+    choices.take("train.loss", terms, "Lovasz-softmax raises IoU, cross-entropy keeps the scores honest")
+    if model.get("options", {}).get("head_stride", 1) > 1:
+        choices.take("train.loss_stride", 2, "the logits are no finer than that")
+
+
+def _plan_augmentation(choices: Choices, report: Check) -> None:
+    """Photographs have an up and a down and come in all sizes; other images have neither."""
     photo = report.bands == 3 and report.dtype == "uint8"
-    choices.take("train.augment.scale", [0.6, 1.6], "objects come in many sizes")
-    choices.take("train.augment.flip_horizontal", True, "left and right are alike in most pictures")
-    if not photo:
-        choices.take("train.augment.flip_vertical", True, "no up and down under a microscope")
-        choices.take("train.augment.rotate90", True, "no up and down under a microscope")
-    choices.take("train.augment.brightness", 0.2, "light differs from image to image")
-    choices.take("train.augment.contrast", 0.2, "light differs from image to image")
+    crop = choices.taken["train"]["crop"]
+    cover = max(crop[0] / _typical(report, 0), crop[1] / _typical(report, 1))
+    least = round(min(1.0, max(0.5, 0.75 * cover)), 2)
+    augment = {
+        "scale": ([least, 1.6], "objects come in many sizes") if photo else ([0.8, 1.25], "magnification hardly changes"),
+        "flip_horizontal": (True, "left and right are alike"),
+        "flip_vertical": (not photo, "photographs have a top" if photo else "no up and down in such images"),
+        "rotate90": (not photo, "photographs have a top" if photo else "no up and down in such images"),
+        "elastic_sigma": (0.0 if photo else 6.0, "no bent streets" if photo else "tissue bends (Ronneberger et al. 2015)"),
+        "brightness": (0.3, "light differs from image to image"),
+        "contrast": (0.3, "light differs from image to image"),
+        "saturation": (0.3 if photo else 0.0, "colours fade" if photo else "no colours"),
+    }
+    for key, (value, reason) in augment.items():
+        choices.take(f"train.augment.{key}", value, reason)
 
 
-def _plan_length(choices: Choices, report: Check, machine: Machine, steps: int | None, minutes: float | None) -> None:
+def _plan_length(choices: Choices, report: Check, steps: int | None, minutes: float | None) -> None:
     asked = steps is not None or minutes is not None
     given = {key: _given(choices.given, f"train.{key}") for key in ("steps", "minutes")}
     if asked or not any(given.values()):

@@ -126,7 +126,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     """
     section = recipe.train
     fabric = _fabric(section)
-    run = Run(fabric.broadcast(recipe), report, fabric, out)
+    run = Run(fabric.broadcast(recipe), report, fabric, out, fresh=not (resume and (out / "resume.safetensors").exists()))
     if resume:
         run.restore()
     if fabric.is_global_zero and not (resume and (out / "recipe.yaml").exists()):
@@ -156,7 +156,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
 class Run:
     """The parts of a run on one process: model, optimiser, data, files."""
 
-    def __init__(self, recipe: Recipe, report: Check, fabric: Fabric, out: Path) -> None:
+    def __init__(self, recipe: Recipe, report: Check, fabric: Fabric, out: Path, fresh: bool) -> None:
         section = recipe.train
         self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
@@ -167,19 +167,18 @@ class Run:
         self.criterion = self._criterion()
         self.place = Place(data=_fingerprint(self.train_images, self.val_images))
         torch.manual_seed(section.seed)
-        self.bare = self._build()
+        self.bare = self._build(fresh)
         self.stream = self._stream()
-        if getattr(self.bare.encoder, "batch_norm_folded", False):
+        if fresh and getattr(self.bare.encoder, "batch_norm_folded", False):
             unfold_batch_norm(self.bare.encoder, self._first_images())
         self.average = Average(self.bare, section.ema) if section.ema else None
         self.model, self.optimizer = fabric.setup(self.bare, make_optimizer(self.bare, section))
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
-    def _build(self) -> SegmentationModel:
+    def _build(self, fresh: bool) -> SegmentationModel:
         spec, data = self.recipe.model, self.recipe.data
-        model = build(
-            spec.name, len(data.classes), encoder=spec.encoder, encoder_weights=spec.encoder_weights, in_channels=data.bands, **spec.options
-        )
+        weights = spec.encoder_weights if fresh else None  # a resumed run has its own
+        model = build(spec.name, len(data.classes), encoder=spec.encoder, encoder_weights=weights, in_channels=data.bands, **spec.options)
         model.to(self.fabric.device).to(memory_format=torch.channels_last)
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # PyTorch has no CPU form of it

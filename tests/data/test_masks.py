@@ -1,6 +1,8 @@
 """Masks as found, and label maps against a loop over pixels."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -62,6 +64,22 @@ def test_one_bit_masks_give_0_and_1(tmp_path, suffix):
         assert set(np.unique(mask)) <= {0, 1, 255}
         mask = mask > 0
     np.testing.assert_array_equal(mask, VALUES > 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_masks_of_few_bits_give_the_stored_numbers_not_grey_levels(tmp_path, bits):
+    """Pillow would give 0, 17, 34, ... for the values of a 4-bit PNG. Written by hand: W3C PNG, section 5."""
+    values, per_byte = RNG.integers(0, 2**bits, (5, 8), dtype=np.uint8), 8 // bits
+    shifts = bits * np.arange(per_byte - 1, -1, -1)
+    packed = (values.reshape(5, -1, per_byte).astype(int) << shifts).sum(-1).astype(np.uint8)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    header = struct.pack(">IIBBBBB", 8, 5, bits, 0, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), values)
 
 
 def test_colours_become_24_bit_numbers_and_alpha_is_dropped(tmp_path):

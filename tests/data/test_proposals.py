@@ -187,12 +187,16 @@ def test_256_classes_are_told_apart_from_ignore():
     proposal = propose(np.arange(300, dtype=np.uint16).reshape(20, 15))
     assert proposal.label_map.ignore == 65535
     assert proposal.label_map.classes == 300
+    named = propose(np.arange(256, dtype=np.uint8).reshape(16, 16), names=[f"kind {i}" for i in range(256)])
+    assert (named.label_map.values[255], named.label_map.ignore, named.problems) == (255, 65535, ())
 
 
 def test_a_value_beyond_the_classes_is_a_problem_with_file_count_and_remedy(tmp_path):
     images = {f"{i}.png": Image.fromarray(np.where(LABELS == 3, 9, LABELS % 2).astype(np.uint8)) for i in range(3)}
     proposal = propose_files(tmp_path, images, names=["sky", "water"])
-    wanted = f"{tmp_path}/0.png: value 9 in 3 files is not one of 2 classes. To make it class 1: --label 9=1; to ignore it: --label 9=ignore"
+    wanted = (
+        f"{tmp_path}/0.png: value 9 in 3 files is not one of 2 classes. To make it class 1: --label 9=1; to ignore it: --label 9=ignore"
+    )
     assert proposal.problems == (wanted,)
     repaired = propose_files(tmp_path, images, names=["sky", "water"], overrides={9: IGNORE})
     assert repaired.problems == ()

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -78,6 +77,7 @@ class LabelledImages(Dataset[Example]):
         if cache:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._kept = list(pool.map(self._read, range(len(self.pairs))))
+            self.weigh = None  # done, and what it is bound to need not travel to worker processes
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -106,15 +106,19 @@ class SampleStream(Dataset[tuple[Tensor, Tensor, Tensor | None]]):
 
     def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int) -> None:
         self.images, self.augmentation, self.seed = images, augmentation, seed
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._orders: dict[int, list[int]] = {}  # of the epochs in use; a plain dict, so that worker processes can be handed a copy
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
         epoch, place = divmod(number, len(self.images))
         example = self.images[self._order(epoch)[place]]
         return self.augmentation(example.image, example.labels, _generator(self.seed, 1, number), example.weights)
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.images), generator=_generator(self.seed, 0, epoch)).tolist()
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            if len(self._orders) >= 4:
+                self._orders.clear()
+            self._orders[epoch] = torch.randperm(len(self.images), generator=_generator(self.seed, 0, epoch)).tolist()
+        return self._orders[epoch]
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:

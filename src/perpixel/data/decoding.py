@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Only formats that hold pixels: Pillow's others include EPS, which would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -171,7 +171,7 @@ def _refuse_bomb(path: Path, height: int, width: int, limit: int) -> None:
         raise PictureError(f"{path}: {size}; the limit of {limit:,} guards against decompression bombs. To allow it, set {allow}")
 
 
-def _open_pillow(path: Path, limit: int) -> Image.Image:
+def _open_pillow(path: Path, limit: int) -> ImageFile.ImageFile:
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit is lower and process-wide; it is only ever raised, never switched off
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
     try:

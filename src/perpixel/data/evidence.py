@@ -83,8 +83,8 @@ def _distances(values: np.ndarray, to: Sequence[int], rgb: bool) -> np.ndarray:
 def looks_damaged(counts: Mapping[int, int], rgb: bool, lossy: bool) -> bool:
     """Whether the values are a few strong ones blurred by JPEG (or by a smooth resize), rather than classes of their own.
 
-    Signs: many values, few of them strong, most pixels exactly on a strong value, and little close beside it. Classes numbered
-    one by one fail the last, since neighbouring numbers are strong too. Of JPEG files only the first three are asked.
+    Signs: many values, few of them strong, and most pixels on those: in JPEG files, where colour conversion may shift whole
+    areas, beside them counts too. Classes numbered one by one fail the second, since no number stands out from its neighbours.
     """
     values, pixels = _arrays(counts)
     if len(values) < 3 or (not rgb and (values.max() > 255 or values.max() < 64 or values.min() < 0)):
@@ -92,12 +92,9 @@ def looks_damaged(counts: Mapping[int, int], rgb: bool, lossy: bool) -> bool:
     strong = strong_values(counts, rgb)
     if len(strong) < 2 or len(values) < (len(strong) + 1 if lossy else max(16, 4 * len(strong))):
         return False
-    distance = _to_nearest(values, strong, rgb)
-    on = pixels[distance == 0].sum()
-    beside = pixels[(distance > 0) & (distance <= _MODE_DISTANCE[rgb])].sum()
-    if lossy:  # known to be JPEG, where colour conversion may shift whole areas by a level
-        return bool(on + beside >= 0.6 * pixels.sum())
-    return bool(on >= 0.5 * pixels.sum() and beside <= 0.5 * on)
+    if lossy:
+        return share_near(counts, strong, rgb) >= 0.6
+    return bool(pixels[np.isin(values, strong)].sum() >= 0.5 * pixels.sum())
 
 
 def share_near(counts: Mapping[int, int], strong: Sequence[int], rgb: bool) -> float:

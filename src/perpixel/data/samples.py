@@ -66,7 +66,7 @@ def generate(index: int, seed: int = 0, height: int = 192, width: int = 256) -> 
     for reed in reeds[:behind]:
         _paint_reed(scene, rng, reed)
     # Birds and fish take turns, so neither lies in front of the other more often.
-    for kind in rng.permutation([BIRD] * int(rng.integers(1, 5)) + [FISH] * int(rng.integers(1, 5))):
+    for kind in rng.permutation([BIRD] * int(rng.integers(2, 6)) + [FISH] * int(rng.integers(2, 6))):
         _paint_animal(scene, rng, int(kind))
     for reed in reeds[behind:]:
         _paint_reed(scene, rng, reed)

@@ -1,0 +1,258 @@
+"""Bundles: what is saved comes back exactly, what is no bundle is refused by name and never executed, a failed save loses nothing."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from perpixel import bundle as bundle_module
+from perpixel.bundle import FORMAT, Card, load_bundle, read_tensors, save_bundle, save_tensors
+from perpixel.models import build
+
+WEIGHTS = {"a": torch.arange(60_000, dtype=torch.float32)}  # 240 kB
+
+
+class Planted:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def card_of(path):
+    return json.loads(read_tensors(path)[1]["perpixel"])
+
+
+def rewrite(path, changes=None, *, metadata=None, tensors=None):
+    """The bundle again with another card (changed keys, or a whole other text) or other tensors."""
+    text = json.dumps({**card_of(path), **(changes or {})}) if metadata is None else metadata
+    save_file(load_file(path) if tensors is None else tensors, path, {"perpixel": text})
+
+
+@pytest.mark.parametrize("model", ["unet", "unet_paper"])
+def test_weights_card_and_logits_come_back_exactly(make_bundle, tmp_path, model):
+    first = load_bundle(make_bundle(model=model, bands=2, dtype="uint16", classes=4))
+    with torch.no_grad():
+        for tensor in first.model.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor).abs() if tensor.is_floating_point() else tensor + 3)
+    save_bundle(tmp_path / "again.safetensors", first.model.state_dict(), first.card)
+    again = load_bundle(tmp_path / "again.safetensors")
+    assert again.card == first.card
+    assert not again.model.training
+    before, after = first.model.state_dict(), again.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    image = torch.randn(1, 2, 188, 188)
+    with torch.inference_mode():
+        assert torch.equal(first.model(image), again.model(image))
+
+
+def test_what_a_run_writes_is_a_bundle_of_the_model_and_data_it_was_trained_on(run):
+    bundle = load_bundle(run / "best.safetensors")
+    assert bundle.card.classes == ["sky", "water", "reeds", "bird", "fish"]
+    assert bundle.label_map.values == {k: k for k in range(5)}
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor(bundle.card.mean)[:, None, None], torch.tensor(bundle.card.std)[:, None, None]
+    torch.testing.assert_close(bundle.normalize(image), (image / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 1e-4, 0.01, 0.5, 0.999])
+def test_a_bundle_cut_off_anywhere_is_refused_by_name(make_bundle, share):
+    path = make_bundle()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a bundle: it is damaged or cut short"):
+        load_bundle(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n" * 40, b"\xff" * 500, b"{}", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes\.txt: not a bundle"):
+        load_bundle(path)
+
+
+def test_a_picture_a_folder_and_a_missing_file_are_refused_by_name(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: not a bundle"):
+        load_bundle(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"there\.safetensors: no such file.*RUN/best\.safetensors"):
+        load_bundle(tmp_path / "not" / "there.safetensors")
+    with pytest.raises(ValueError, match=r": a folder\. .*RUN/best\.safetensors"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["torch.save", "torch.save legacy", *range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_a_pickle_is_refused_and_not_executed(tmp_path, kind):
+    """The same bytes do make the file when they are unpickled: the trap works, and load_bundle does not step into it."""
+    path, trap = tmp_path / "model.safetensors", tmp_path / "executed"
+    content = {"weights": Planted(trap), "more": [0.0] * 200}
+    if isinstance(kind, int):
+        path.write_bytes(pickle.dumps(content, protocol=kind))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a bundle") as caught:
+        load_bundle(path)
+    assert not trap.exists()
+    assert kind in (0, 1) or "looks like a pickle, which perpixel never executes" in str(caught.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False) if isinstance(kind, str) else pickle.loads(path.read_bytes())
+    assert trap.exists()
+
+
+def test_a_bundle_of_a_newer_format_says_who_made_it_and_to_update(make_bundle):
+    path = make_bundle()
+    rewrite(path, {"format": FORMAT + 1, "perpixel": "9.3.0", "bands": "as many as there are"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: made by perpixel 9\.3\.0 \(bundle format 2\).*up to format 1\. Update perpixel"):
+        load_bundle(path)
+
+
+def test_a_newer_perpixel_of_the_same_format_may_say_more(make_bundle):
+    path = make_bundle()
+    before = load_bundle(path).card
+    rewrite(path, {"perpixel": "0.9.0", "owner": "somebody"})
+    assert load_bundle(path).card == before.model_copy(update={"perpixel": "0.9.0"})
+
+
+def test_safetensors_without_our_metadata_are_refused_by_name(tmp_path):
+    save_file(WEIGHTS, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"other\.safetensors: not a bundle: safetensors without perpixel's metadata"):
+        load_bundle(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "unett"}, "unknown model 'unett'. Did you mean 'unet'"),
+        ({"options": {"depth": 3}}, "depth"),
+        ({"encoder": "resnet_of_next_year"}, "resnet_of_next_year"),
+        ({"dtype": "complex64"}, "damaged: dtype"),
+        ({"bands": "many"}, "damaged: bands"),
+        ({"std": [0.0, 1.0, 1.0]}, "std"),
+        ({"mean": [0.0]}, "1 means and 3 standard deviations"),
+        ({"label_map": {}}, "label map"),
+        ({"format": "new"}, "damaged"),
+        ({"classes": []}, "at least 1 class"),
+    ],
+)
+def test_a_card_that_makes_no_sense_is_refused_by_name(make_bundle, changes, message):
+    path = make_bundle()
+    rewrite(path, changes)
+    with pytest.raises(ValueError, match=r"model\.safetensors: ") as caught:
+        load_bundle(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "{}"])
+def test_metadata_that_is_no_card_is_refused_by_name(make_bundle, text):
+    path = make_bundle()
+    rewrite(path, metadata=text)
+    with pytest.raises(ValueError, match=r"model\.safetensors: the bundle's metadata is damaged"):
+        load_bundle(path)
+
+
+@pytest.mark.parametrize("wrong", ["another width", "one missing", "one too many"])
+def test_weights_of_another_model_are_refused_by_name(make_bundle, wrong):
+    path = make_bundle()
+    tensors = load_file(path)
+    if wrong == "another width":
+        tensors = build("unet", 3, encoder="plain", in_channels=3, width=3).state_dict()
+    elif wrong == "one missing":
+        tensors.popitem()
+    else:
+        tensors["more"] = torch.zeros(1)
+    rewrite(path, tensors=tensors)
+    with pytest.raises(ValueError, match=r"model\.safetensors: the weights do not belong to the model 'unet'") as caught:
+        load_bundle(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_views_and_tied_tensors_are_saved_as_what_they_show(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    save_tensors(tmp_path / "a.safetensors", {"part": whole[:, ::2], "turned": whole.T, "tied": whole, "again": whole}, {})
+    read = read_tensors(tmp_path / "a.safetensors")[0]
+    assert torch.equal(read["part"], whole[:, ::2])
+    assert torch.equal(read["turned"], whole.T)
+    assert torch.equal(read["tied"], read["again"])
+
+
+# ---- a save that does not come to its end
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    path = tmp_path / "best.safetensors"
+    save_tensors(path, {"a": torch.ones(3)}, {"which": "old"})
+    return path
+
+
+def half_written(tensors, path, metadata):
+    Path(path).write_bytes(b"\0" * 1000)
+
+
+def test_a_full_disk_while_saving_leaves_the_old_bundle_whole_and_nothing_else(old, monkeypatch):
+    before = old.read_bytes()
+
+    def full(*arguments):
+        half_written(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundle_module, "save_file", full)
+    with pytest.raises(OSError, match=r"disk is full while writing .*best\.safetensors.*nothing already written is lost") as caught:
+        save_tensors(old, WEIGHTS, {})
+    assert caught.value.errno == errno.ENOSPC
+    assert old.read_bytes() == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_limit_met_within_the_library_that_writes_is_told_the_same_way(old):
+    """RLIMIT_FSIZE stops the library's own write halfway; its error is no OSError."""
+    before, limit = old.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"disk is full while writing .*best\.safetensors"):
+            save_tensors(old, WEIGHTS, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert old.read_bytes() == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("moment", ["while it writes", "before it renames"])
+def test_killed_while_saving_the_old_bundle_stays_whole(old, monkeypatch, moment):
+    before = old.read_bytes()
+
+    def die(*arguments):
+        if moment == "while it writes":
+            half_written(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(*((bundle_module, "save_file", die) if moment == "while it writes" else (os, "replace", die)))
+    child = os.fork()
+    if child == 0:
+        try:
+            save_tensors(old, WEIGHTS, {})
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert old.read_bytes() == before
+    assert read_tensors(old)[1] == {"which": "old"}
+
+
