@@ -232,7 +232,7 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     choices.take("train.lr", 2e-3, "AdamW, with warm-up and a cosine to zero")
     scale = 0.3 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
-    choices.take("train.ema", 0.98, "averaged weights score better than the last ones")
+    choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
     uneven = min(shares) < 0.1 / len(shares)
     rare = f"the rarest class has {100 * min(shares):.2g} % of the pixels"

@@ -71,11 +71,12 @@ def test_after_unfolding_running_statistics_are_those_of_all_pixels_by_brute_for
         np.testing.assert_allclose(norm.running_var.numpy(), values.var(axis=1), rtol=1e-4)
 
 
-def test_in_train_mode_an_unfolded_network_is_nearly_the_function_that_a_folded_one_is_far_from(images):
+def test_in_train_mode_an_unfolded_network_is_nearly_the_function_that_a_folded_one_is_far_from():
+    rng = torch.Generator().manual_seed(2)
+    measured, batch = (3 * torch.randn(40, 3, 10, 10, generator=rng) + 1 for _ in range(2))
     network = folded_network()
     unfolded = copy.deepcopy(network)
-    unfold_batch_norm(unfolded, images)
-    batch = torch.cat([3 * torch.randn(40, 3, 10, 10, generator=torch.Generator().manual_seed(2)) + 1])
+    unfold_batch_norm(unfolded, measured.split(8))
     with torch.no_grad():
         expected = copy.deepcopy(network).eval()(batch)
         assert difference(network.train()(batch), expected) > 0.5

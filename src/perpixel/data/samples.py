@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from perpixel.data.writing import replacing, write_labels, write_rgb
+
 CLASSES = ("sky", "water", "reeds", "bird", "fish")
 COLORS = ((135, 190, 235), (30, 80, 150), (105, 140, 50), (240, 140, 40), (200, 50, 120))
 SKY, WATER, REEDS, BIRD, FISH = range(5)
@@ -27,7 +29,7 @@ SKIES = np.array(
     dtype=np.float32,
 )
 DEPTHS = np.array([[36, 84, 112], [34, 92, 92], [52, 76, 104], [60, 88, 84]], dtype=np.float32)
-COATS = np.array([[206, 108, 52], [186, 62, 66], [222, 182, 86], [214, 208, 196], [70, 66, 78], [96, 120, 150]], dtype=np.float32)
+COATS = np.array([[206, 108, 52], [186, 62, 66], [222, 182, 86], [214, 208, 196], [70, 66, 78], [132, 88, 150]], dtype=np.float32)
 STALKS = np.array([[104, 128, 54], [132, 138, 66], [86, 108, 48], [152, 136, 78]], dtype=np.float32)
 HEAD = np.array([96, 62, 38], dtype=np.float32)  # a cattail's seed head
 
@@ -83,21 +85,17 @@ def write_samples(folder: Path, train: int = 64, val: int = 16, height: int = 19
 
     Raises:
         ValueError: if a number of pictures is negative, or `generate` cannot draw the size.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or the disk is full.
     """
     if min(train, val) < 0:
         raise ValueError(f"{train} training and {val} validation pictures were asked for; give 0 or more of each.")
-    palette = [channel for color in COLORS for channel in color]
     for split, first, count in (("train", 0, train), ("val", train, val)):
-        for kind in ("images", "masks"):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             image, labels = generate(first + number, seed, height, width)
-            Image.fromarray(image).save(folder / "images" / split / f"{number:04d}.png", compress_level=1)
-            mask = Image.fromarray(labels)
-            mask.putpalette(palette)
-            mask.save(folder / "masks" / split / f"{number:04d}.png")
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+            write_rgb(folder / "images" / split / f"{number:04d}.png", image)
+            write_labels(folder / "masks" / split / f"{number:04d}.png", labels, COLORS)
+    with replacing(folder / "classes.txt") as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Scene:
@@ -151,7 +149,7 @@ def _blend(scene: Scene, box: tuple[slice, slice], cover: np.ndarray, color: np.
 def _paint_animal(scene: Scene, rng: np.random.Generator, kind: int) -> None:
     """A body with tail, wing or fin, and eye. `kind` decides the place and nothing else: every other number is drawn alike."""
     height, width = scene.labels.shape
-    half = height * rng.uniform(0.05, 0.115)  # half the length of the body
+    half = height * rng.uniform(0.06, 0.125)  # half the length of the body
     stout, tail, fin, sweep = rng.uniform(0.28, 0.42), rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.1), rng.uniform(0.5, 1.2)
     angle, left, over = rng.uniform(-0.4, 0.4), rng.choice([-1, 1]), rng.choice([-1, 1])
     coats = COATS[rng.choice(len(COATS), 2, replace=False)] + rng.normal(0, 10, (2, 3)).astype(np.float32)
@@ -211,7 +209,9 @@ def _reeds(rng: np.random.Generator, height: int, width: int) -> list[Reed]:
 def _paint_reed(scene: Scene, rng: np.random.Generator, reed: Reed) -> None:
     height, width = scene.labels.shape
     top, bottom = max(0, int(reed.tip[0])), min(height, int(reed.foot[0]))
-    rise = ((reed.foot[0] - np.arange(top, bottom, dtype=np.float32)) / (reed.foot[0] - reed.tip[0]))[:, None]  # 0 at the foot, 1 at the tip
+    rise = ((reed.foot[0] - np.arange(top, bottom, dtype=np.float32)) / (reed.foot[0] - reed.tip[0]))[
+        :, None
+    ]  # 0 at the foot, 1 at the tip
     centre = reed.foot[1] + (reed.tip[1] - reed.foot[1]) * rise**2 + reed.bend * 4 * rise * (1 - rise)
     thick = reed.thick * np.clip(1.15 - rise, 0.3, 1)
     inside_head = (np.abs(rise - 0.86) < 0.1) & reed.head

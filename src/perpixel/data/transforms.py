@@ -36,7 +36,9 @@ class Normalize:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
-            raise ValueError(f"normalisation has {len(self.mean)} means and {len(self.std)} standard deviations. Give one of each per band.")
+            raise ValueError(
+                f"normalisation has {len(self.mean)} means and {len(self.std)} standard deviations. Give one of each per band."
+            )
         if not self.scale > 0 or not all(deviation > 0 for deviation in self.std):
             raise ValueError(f"scale {self.scale} and std {list(self.std)} must be above 0. A constant band takes std 1.")
 
@@ -152,6 +154,7 @@ class Augmentation:
             The image (C, *crop), contiguous: uint8 for uint8, otherwise float32 in the range as read; the labels, and the weights if
             given, (crop less margin) in their own dtypes. Beyond the picture's border the image goes on as its mirror image (without
             repeating the edge pixel, as often as needed), labels are `ignore` and weights 0: nothing is learned from a reflection.
+            Undeformed, the labelled part always shows the picture; rotation and elastic deformation may move its edge out of sight.
 
         Raises:
             ValueError: if the shapes do not belong together.
@@ -339,9 +342,9 @@ def _warp(image: Tensor, rows: Tensor, columns: Tensor, step: tuple[float, float
     if small != list(region.shape[-2:]):
         region = _resize(region, (small[0], small[1]))
     grid = torch.stack(((columns - left + 0.5) * (2 / window.width) - 1, (rows - top + 0.5) * (2 / window.height) - 1), dim=-1)
-    taken = functional.grid_sample(
-        region.to(torch.float32)[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
-    )[0]
+    taken = functional.grid_sample(region.to(torch.float32)[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[
+        0
+    ]
     return taken.round_().clamp_(0, 255).to(torch.uint8) if region.dtype == torch.uint8 else taken
 
 
