@@ -18,7 +18,8 @@ def accuracy() -> str:
         row = json.loads(path.read_text())
         asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items())
         reached = ", ".join(f"{key} **{value:.3f}**" for key, value in row["reached"].items())
-        lines.append(f"| {row['set']} | `{row['command']}` | {row['machine']} | {asked} | {reached} | {row['seconds_whole_command'] / 60:.1f} min |")
+        minutes = f"{row['seconds_whole_command'] / 60:.1f} min"
+        lines.append(f"| {row['set']} | `{row['command']}` | {row['machine']} | {asked} | {reached} | {minutes} |")
     return "\n".join(lines)
 
 
@@ -27,7 +28,8 @@ def classes() -> str:
     parts = []
     for path in sorted((HERE / "results").glob("accuracy-*.json")):
         row = json.loads(path.read_text())
-        parts.append(f"**{row['set']}**: " + ", ".join(f"{name} {'-' if iou is None else format(iou, '.2f')}" for name, iou in row["iou"].items()))
+        each = ", ".join(f"{name} {'-' if iou is None else format(iou, '.2f')}" for name, iou in row["iou"].items())
+        parts.append(f"**{row['set']}**: {each}")
     return "\n\n".join(parts)
 
 

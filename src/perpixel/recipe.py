@@ -207,7 +207,9 @@ def _explain(problem: Any) -> str:
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key;{_nearest(where[-1], _keys(where[:-1])).replace('Did', 'did') or ' known: ' + ', '.join(_keys(where[:-1]))}"
+        legal = _keys(where[:-1])
+        nearest = _nearest(where[-1], legal)
+        return f"{key}: unknown key;" + (nearest.replace("Did", "did") if nearest else f" known: {', '.join(legal)}")
     return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
 
 

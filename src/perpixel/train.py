@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -212,7 +213,7 @@ class Run:
         )
         return SampleStream(self.train_images, augmentation, section.seed)
 
-    def _first_images(self, count: int = 64) -> Iterator[Tensor]:
+    def _first_images(self, count: int = 32) -> Iterator[Tensor]:
         """The first augmented images, normalised, one by one."""
         for number in range(count):
             yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
@@ -378,6 +379,7 @@ def _fabric(section: TrainSection) -> Fabric:
     if section.batch % world:
         raise ValueError(f"train.batch is {section.batch}; it must be a multiple of the {world} processes. Try --set train.batch={world}.")
     many = {"devices": local, "num_nodes": world // local, "strategy": "ddp"} if world > 1 else {"devices": 1}
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it announces what the plan has said already
     fabric = Fabric(accelerator="auto", precision=section.precision, **many)
     fabric.launch()
     return fabric
@@ -426,6 +428,6 @@ def _write_text(path: Path, text: str) -> None:
 def _announce(report: Check, reasons: Mapping[str, str], console: Console) -> None:
     """What was found and what will be done, one reason per line."""
     for line in [*report.reasons, *report.warnings]:
-        console.print(f"[dim]data[/]  {escape(line)}")
+        console.print(f"[dim]data[/]  {escape(line)}", soft_wrap=True)
     for key, reason in reasons.items():
-        console.print(f"[cyan]{key}[/]  {escape(reason)}")
+        console.print(f"[cyan]{key}[/]  {escape(reason)}", soft_wrap=True)

@@ -421,7 +421,7 @@ def one_thread():
 
 
 def test_a_camvid_sample_takes_milliseconds(one_thread):
-    """360x480 RGB to 320x320 with zoom, crop, flip and colour: about 2 ms on one core of 2020 and later. The best of 15 forgives a busy machine."""
+    """360x480 RGB to 320x320 with zoom, crop, flip and colour: about 2 ms on one core; the best of 15 forgives a busy machine."""
     augment = Augmentation((320, 320), scale=(0.5, 2.0), flip_horizontal=True, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
     image, labels = picture(360, 480), torch.randint(0, 11, (360, 480), dtype=torch.uint8)
     taken = []

@@ -79,7 +79,7 @@ def write_samples(folder: Path, train: int = 64, val: int = 16, height: int = 19
     """Write a sample set as ordinary files.
 
     Args:
-        folder: made if missing; gets images/{train,val}/0000.png, masks/{train,val}/0000.png (palette PNG of class indices) and classes.txt.
+        folder: made if missing; gets images/{train,val}/0000.png, masks/{train,val}/0000.png (palette PNG of class indices), classes.txt.
         train, val: number of pictures; the scenes of val follow those of train, so no picture is in both.
         height, width, seed: see `generate`.
 

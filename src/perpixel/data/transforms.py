@@ -91,7 +91,7 @@ class Augmentation:
         brightness, contrast, saturation: factors are drawn from 1 - value to 1 + value. As in torchvision: brightness scales, contrast
             moves away from the crop's mean grey, saturation away from each pixel's grey.
         hue: largest shift in turns of the colour circle, either way (a rotation in the chroma plane of YIQ, which keeps luma).
-        elastic_sigma: standard deviation of the elastic displacement, in pixels of the crop (10 in arXiv:1505.04597, section 3.1); 0 is off.
+        elastic_sigma: standard deviation of the elastic displacement, in pixels of the crop (10 in arXiv:1505.04597, section 3.1).
         elastic_grid: nodes of the displacement grid per side (3 in the same section).
         rare_class_probability: share of the samples whose window is laid around a pixel of a class drawn from those in this picture,
             with odds 1 / `class_pixels`; the pixel falls into the middle half of the labelled window where the picture allows.
