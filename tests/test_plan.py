@@ -190,7 +190,7 @@ def test_the_typical_size_decides_not_the_odd_one():
 
 def test_an_illegal_crop_is_refused_and_the_one_it_names_is_taken():
     given = {"model": {"name": "unet_paper"}, "train": {"crop": (200, 300)}}
-    with pytest.raises(ValueError, match=r"train\.crop is 200x300; unet_paper needs sides of 16\*k \+ 12, at least 188\. The nearest is 204x300"):
+    with pytest.raises(ValueError, match=r"train\.crop is 200x300; unet_paper needs sides of 16\*k \+ 12, .* The nearest is 204x300"):
         plan(a_check(), LAPTOP, given)
     given["train"]["crop"] = (204, 300)
     assert plan(a_check(), LAPTOP, given)[0].train.crop == (204, 300)
@@ -216,7 +216,7 @@ def test_photographs_get_published_weights_where_they_can_be_had(machine, monkey
     assert recipe.model.encoder_weights is True
     assert recipe.model.encoder != "plain"
     assert recipe.train.encoder_lr_scale < 1
-    assert (recipe.data.mean, recipe.data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # ImageNet's, as torchvision publishes them
+    assert (recipe.data.mean, recipe.data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # ImageNet's, as published
 
 
 def test_without_a_hub_nothing_is_downloaded_and_the_reason_says_what_to_give():
@@ -242,7 +242,7 @@ def test_the_hub_is_reachable_where_its_host_answers(monkeypatch, answers, reach
         asked.append((address, timeout))
         if not answers:
             raise OSError("no route")
-        return open("/dev/null")  # noqa: SIM115 anything that closes
+        return open("/dev/null")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example:8443/hub")

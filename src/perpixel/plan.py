@@ -229,7 +229,8 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
-    choices.take("train.lr", 2e-3, "AdamW, with warm-up and a cosine to zero")
+    choices.take("train.lr", 2e-3, "AdamW, with a short warm-up and a cosine to zero")
+    choices.take("train.warmup", 0.04, "a few hundred steps settle batch norm and the new layers")
     scale = 0.3 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")

@@ -194,8 +194,8 @@ def test_worker_processes_give_the_samples_of_this_one(pairs):
 def test_the_shares_of_all_processes_make_up_the_batches_of_one(world):
     one = list(itertools.islice(sample_numbers(0, 6), 5))
     shares = [list(itertools.islice(sample_numbers(0, 6, rank, world), 5)) for rank in range(world)]
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == one
-    assert sum(one, []) == list(range(30))
+    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == one
+    assert list(itertools.chain(*one)) == list(range(30))
 
 
 def test_a_resumed_run_goes_on_with_the_samples_that_come_next():

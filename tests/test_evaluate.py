@@ -1,0 +1,256 @@
+"""Scores of a bundle: equal to NumPy's over the labels that `predict` writes, split as said, with damage named and left out."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from perpixel.bundle import load_bundle
+from perpixel.data.masks import read_mask
+from perpixel.evaluate import Evaluation, evaluate, render
+from perpixel.metrics import Confusion
+from perpixel.predict import Segmenter
+
+NAMES = ("class 0", "class 1", "class 2")
+
+
+@pytest.fixture
+def bundle(make_bundle):
+    return load_bundle(make_bundle())
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Twelve pairs of noise with masks of classes 0..2 and 255: images/, masks/."""
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        size = (20 + number, 30)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{number:02d}.png")
+        values = np.array([0, 1, 2], np.uint8).repeat((1, 3, 5))
+        Image.fromarray(rng.choice(values, size)).save(tmp_path / "masks" / f"{number:02d}.png")
+    return tmp_path
+
+
+def matrix_by_numpy(segmenter, folder, names, classes=3, ignore=255) -> np.ndarray:
+    """(K, K) [truth, prediction], pixel by pixel."""
+    counts = np.zeros((classes, classes), np.int64)
+    for name in names:
+        truth = np.asarray(Image.open(folder / "masks" / f"{name}.png"))
+        np.add.at(counts, (truth[truth != ignore], segmenter.predict(folder / "images" / f"{name}.png")[truth != ignore]), 1)
+    return counts
+
+
+def loss_by_numpy(segmenter, image, mask, ignore=255) -> float:
+    """Mean of -log p over the labelled pixels, float64."""
+    truth = np.asarray(Image.open(mask)).astype(int)
+    logits = segmenter.logits(image).numpy().astype(np.float64)
+    logits -= logits.max(axis=0)
+    log_p = logits - np.log(np.exp(logits).sum(axis=0))
+    rows, columns = np.nonzero(truth != ignore)
+    return float(-log_p[truth[rows, columns], rows, columns].mean())
+
+
+def test_scores_equal_numpy_s_over_what_predict_gives(bundle, scenes):
+    """Definitions of arXiv:1411.4038, section 5, on the matrix counted by NumPy."""
+    result = evaluate(bundle, scenes / "images", scenes / "masks").to_json()
+    n = matrix_by_numpy(Segmenter(bundle), scenes, [f"{k:02d}" for k in range(12)])
+    assert result["confusion"] == n.tolist()
+    assert (n.sum(axis=0) > 0).all(), "every class should be predicted, or the test says little"
+    truth, guess, hits = n.sum(axis=1), n.sum(axis=0), n.diagonal()
+    iou = hits / (truth + guess - hits)
+    expected = {
+        "pixels": n.sum(),
+        "pixel_accuracy": hits.sum() / n.sum(),
+        "mean_accuracy": (hits / truth).mean(),
+        "miou": iou.mean(),
+        "fwiou": (truth * iou).sum() / n.sum(),
+        "mean_dice": (2 * hits / (truth + guess)).mean(),
+    }
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value), name
+    assert [row["iou"] for row in result["classes"]] == pytest.approx(iou.tolist())
+    assert [row["name"] for row in result["classes"]] == list(NAMES)
+
+
+def test_the_cost_is_the_mean_of_the_losses_of_images_whatever_their_size(bundle, scenes):
+    result = evaluate(bundle, scenes / "images", scenes / "masks")
+    files = sorted((scenes / "images").iterdir())
+    expected = {str(file): loss_by_numpy(Segmenter(bundle), file, scenes / "masks" / file.name) for file in files}
+    assert result.losses == pytest.approx(expected, rel=1e-4)
+    assert result.cost == pytest.approx(np.mean(list(expected.values())), rel=1e-4)
+
+
+def test_the_ten_worst_are_those_with_the_largest_losses(bundle, scenes):
+    result = evaluate(bundle, scenes / "images", scenes / "masks")
+    worst = result.worst()
+    assert len(result.losses) == 12
+    assert [loss for _, loss in worst] == sorted(result.losses.values(), reverse=True)[:10]
+    assert result.to_json()["worst"] == [name for name, _ in worst]
+
+
+def test_ignored_pixels_count_nowhere_and_an_image_of_nothing_else_has_no_loss(bundle, scenes):
+    for number in range(12):
+        file = scenes / "masks" / f"{number:02d}.png"
+        mask = np.array(Image.open(file))
+        mask[: 10 if number else None] = 9
+        Image.fromarray(mask).save(file)
+    result = evaluate(bundle, scenes / "images", scenes / "masks", labels={9: 255})
+    expected = matrix_by_numpy(Segmenter(bundle), scenes, [f"{k:02d}" for k in range(12)], ignore=9)
+    assert result.confusion.counts.tolist() == expected.tolist()
+    assert {name[-6:-4] for name in result.losses} == {f"{k:02d}" for k in range(1, 12)}
+    second = scenes / "images" / "01.png"
+    assert result.losses[str(second)] == pytest.approx(loss_by_numpy(Segmenter(bundle), second, scenes / "masks" / "01.png", 9), rel=1e-4)
+
+
+def test_images_of_one_name_in_two_folders_both_count(bundle, scenes, tmp_path):
+    for kind in ("images", "masks"):
+        for place, number in (("monday", "00"), ("tuesday", "01")):
+            folder = tmp_path / "week" / kind / place
+            folder.mkdir(parents=True)
+            shutil.copy(scenes / kind / f"{number}.png", folder / "a.png")
+    result = evaluate(bundle, tmp_path / "week" / "images", tmp_path / "week" / "masks")
+    assert len(result.losses) == 2
+    assert result.cost == pytest.approx(sum(result.losses.values()) / 2)
+
+
+# ---- which part
+
+
+def test_a_set_with_parts_is_scored_on_val_unless_another_part_is_named(run, sample_set):
+    bundle = load_bundle(run / "best.safetensors")
+    whole = {split: evaluate(bundle, sample_set / "images", sample_set / "masks", split=split) for split in (None, "val", "train")}
+    assert {split: len(result.losses) for split, result in whole.items()} == {None: 4, "val": 4, "train": 8}
+    assert whole[None].losses == whole["val"].losses
+    expected = matrix_by_numpy(Segmenter(bundle), sample_set, [f"val/{k:04d}" for k in range(4)], classes=5)
+    assert whole["val"].confusion.counts.tolist() == expected.tolist()
+
+
+def test_the_scores_of_a_run_are_those_that_evaluate_gives_its_bundle(run, sample_set):
+    told = json.loads((run / "evaluation.json").read_text())
+    again = evaluate(run / "best.safetensors", sample_set / "images", sample_set / "masks").to_json()
+    assert again["confusion"] == told["confusion"]
+    assert again["cost"] == pytest.approx(told["cost"], rel=1e-5)
+
+
+def test_a_set_without_parts_is_scored_whole_or_split_as_training_splits_it(bundle, scenes):
+    from perpixel.check import check
+
+    assert len(evaluate(bundle, scenes / "images", scenes / "masks").losses) == 12
+    trained_on = check(scenes / "images", scenes / "masks")
+    for split in ("train", "val"):
+        scored = evaluate(bundle, scenes / "images", scenes / "masks", split=split).losses
+        assert set(scored) == {str(pair.image) for pair in trained_on.split(split)}
+
+
+@pytest.mark.parametrize(("folders", "scored"), [(("train",), 1), (("test",), 3), (("train", "test"), 1)])
+def test_a_set_with_other_parts_than_val_is_scored_on_what_training_held_back(bundle, scenes, tmp_path, folders, scored):
+    root = tmp_path / "parts"
+    for kind in ("images", "masks"):
+        for number in range(3 * len(folders)):
+            folder = root / kind / folders[number // 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(scenes / kind / f"{number:02d}.png", folder)
+    assert len(evaluate(bundle, root / "images", root / "masks").losses) == scored
+
+
+def test_a_part_that_is_not_there_names_those_that_are(bundle, sample_set):
+    with pytest.raises(ValueError, match=r"images: no images in the part 'test'\. Parts here: train, val"):
+        evaluate(bundle, sample_set / "images", sample_set / "masks", split="test")
+
+
+# ---- what is damaged, or not as the bundle expects
+
+
+def test_damaged_files_are_named_left_out_and_do_not_change_the_rest(bundle, scenes):
+    (scenes / "images" / "03.png").write_bytes((scenes / "images" / "03.png").read_bytes()[:300])
+    (scenes / "masks" / "05.png").write_bytes(b"")
+    Image.new("L", (7, 7)).save(scenes / "masks" / "07.png")
+    Image.fromarray(np.full((29, 30), 200, np.uint8)).save(scenes / "masks" / "09.png")
+    sound = [f"{k:02d}" for k in range(12) if k not in (3, 5, 7, 9)]
+    result = evaluate(bundle, scenes / "images", scenes / "masks")
+    assert result.confusion.counts.tolist() == matrix_by_numpy(Segmenter(bundle), scenes, sound).tolist()
+    assert len(result.losses) == 8
+    told = {file.rpartition("/")[2]: why for file, why in result.damaged.items()}
+    assert told.keys() == {"03.png", "05.png", "07.png", "09.png"}
+    assert "images/03.png: is damaged or cut off" in told["03.png"]
+    assert "masks/05.png: is empty" in told["05.png"]
+    assert "masks/07.png is 7x7 pixels" in told["07.png"]
+    assert "masks/09.png: value 200" in told["09.png"]
+    assert "--label 200=ignore" in told["09.png"]
+
+
+def test_a_file_that_a_list_names_but_that_is_not_there_is_named(bundle, scenes):
+    (scenes / "val.txt").write_text("images/00.png masks/00.png\nimages/99.png masks/99.png\n")
+    result = evaluate(bundle, scenes)
+    assert len(result.losses) == 1
+    assert any("99.png" in why and "no such file" in why for why in result.damaged.values())
+
+
+def test_where_nothing_can_be_scored_the_first_reason_is_given(bundle, scenes):
+    for file in (scenes / "masks").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images: none of 12 images could be scored\. The first: .*00\.png: is empty"):
+        evaluate(bundle, scenes / "images", scenes / "masks")
+
+
+def test_a_label_overrides_the_bundle_s_own_map(bundle, scenes):
+    plain = evaluate(bundle, scenes / "images", scenes / "masks").confusion.counts
+    moved = evaluate(bundle, scenes / "images", scenes / "masks", labels={2: 1}).confusion.counts
+    assert moved[1].tolist() == (plain[1] + plain[2]).tolist()
+    assert moved[2].sum() == 0
+
+
+def test_a_label_that_the_bundle_does_not_know_is_refused(bundle, scenes):
+    with pytest.raises(ValueError, match=r"label 2=7: the bundle has no class 7, only 0 to 2"):
+        evaluate(bundle, scenes / "images", scenes / "masks", labels={2: 7})
+
+
+# ---- what is told
+
+
+def test_json_holds_no_nan_where_a_class_is_nowhere(bundle, scenes):
+    for file in (scenes / "masks").iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(file)))).save(file)
+    result = evaluate(bundle, scenes / "images", scenes / "masks")
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["classes"][2]["accuracy"] is None
+    assert plain["images"] == 12
+    assert "absent" in plain["absent_rule"]
+
+
+def test_json_holds_no_nan_of_an_empty_set_or_a_model_that_exploded():
+    for losses in ({}, {"a.png": math.nan, "b.png": math.inf}):
+        plain = Evaluation(Confusion(2), ["a", "b"], losses).to_json()
+        json.dumps(plain, allow_nan=False)
+        assert plain["cost"] is None
+        assert all(loss is None for loss in plain["losses"].values())
+
+
+def test_the_table_names_every_class_the_rule_and_what_was_left_out(bundle, scenes):
+    (scenes / "masks" / "05.png").write_bytes(b"")
+    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    render(evaluate(bundle, scenes / "images", scenes / "masks"), console)
+    text = console.export_text()
+    assert all(name in text for name in NAMES)
+    assert "11 images" in text
+    assert "left out of every mean" in text
+    assert "masks/05.png: is empty" in text
+
+
+def test_progress_counts_every_image_that_was_scored(bundle, scenes):
+    seen = []
+    evaluate(bundle, scenes / "images", scenes / "masks", progress=lambda *told: seen.append(told))
+    assert seen == [(number + 1, 12, f"{number:02d}") for number in range(12)]
+
+
+def test_masks_of_a_run_are_read_as_check_reads_them(run, sample_set):
+    """The palette masks of the sample set hold the class indices themselves."""
+    bundle = load_bundle(run / "best.safetensors")
+    file = sample_set / "masks" / "val" / "0000.png"
+    assert np.array_equal(bundle.label_map(read_mask(file)), np.asarray(Image.open(file)))

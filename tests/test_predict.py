@@ -1,0 +1,254 @@
+"""From image files to label files: sizes, palette, places, and what happens to a picture that cannot be read."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+import perpixel
+from perpixel.predict import load, predict_files
+
+SIDES = (1, 2, 7, 33, 130)
+
+
+def noise(*shape, seed=0, dtype=np.uint8):
+    high = {np.uint8: 256, np.uint16: 65536}[dtype]
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=dtype)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.fixture
+def segmenter(make_bundle):
+    return load(make_bundle(), device="cpu")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+# ---- arrays and files
+
+
+@pytest.mark.parametrize("model", ["unet", "unet_paper"])
+@pytest.mark.parametrize("height", SIDES)
+@pytest.mark.parametrize("width", SIDES)
+def test_labels_have_exactly_the_image_s_size(make_bundle, model, height, width):
+    segmenter = load(make_bundle(model=model, width=1), device="cpu")
+    labels = segmenter.predict(noise(height, width, 3))
+    assert (labels.shape, labels.dtype) == ((height, width), np.uint8)
+    assert labels.max() < 3
+
+
+def test_a_path_an_array_and_a_tensor_of_the_same_pixels_give_the_same(make_bundle, tmp_path):
+    segmenter = perpixel.load(make_bundle(), device="cpu")
+    pixels = noise(40, 50, 3)
+    path = save(tmp_path / "a.png", pixels)
+    expected = segmenter.predict(path)
+    assert len(np.unique(expected)) > 1
+    for same in (str(path), pixels, torch.from_numpy(pixels.transpose(2, 0, 1).copy())):
+        assert np.array_equal(segmenter.predict(same), expected)
+    np.testing.assert_array_equal(segmenter.probabilities(path).argmax(0), expected)
+
+
+def test_grey_is_the_same_as_array_file_and_three_equal_bands(segmenter, tmp_path):
+    grey = noise(30, 20)
+    expected = segmenter.logits(np.stack([grey] * 3, axis=-1))
+    for same in (grey, grey[..., None], save(tmp_path / "grey.png", grey)):
+        torch.testing.assert_close(segmenter.logits(same), expected)
+
+
+def test_sixteen_bits_and_floats_are_the_same_light_as_eight(segmenter, tmp_path):
+    """255, 65535 and 1.0 all stand for white."""
+    eight = noise(30, 20)
+    sixteen = eight.astype(np.uint16) * 257
+    expected = segmenter.logits(eight)
+    Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
+    tifffile.imwrite(tmp_path / "sixteen.tif", sixteen, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "float.tif", (eight / 255).astype(np.float32), photometric="minisblack")
+    for same in (sixteen, eight / 255, tmp_path / "sixteen.png", tmp_path / "sixteen.tif", tmp_path / "float.tif"):
+        torch.testing.assert_close(segmenter.logits(same), expected)
+
+
+def test_a_model_of_sixteen_bits_sees_more_than_the_upper_eight(make_bundle):
+    segmenter = load(make_bundle(bands=1, dtype="uint16"), device="cpu")
+    pixels = noise(40, 40, dtype=np.uint16)
+    assert not torch.equal(segmenter.logits(pixels), segmenter.logits(pixels // 256 * 256))
+
+
+def test_masks_of_zero_and_one_as_booleans_are_black_and_white(segmenter):
+    pixels = noise(20, 20) > 127
+    torch.testing.assert_close(segmenter.logits(pixels), segmenter.logits(pixels.astype(np.uint8) * 255))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), "5 bands; the model was trained on 3"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"must be \(H, W\) or \(H, W, C\), got \(2, 4, 4, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.full((4, 4, 3), np.nan), "48 values that are NaN or infinite"),
+        (np.full((4, 4, 3), 200.0), "float values from 200 to 200; this model was trained on uint8"),
+        (torch.zeros(4, 4), r"must be \(C, H, W\)"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused_with_what_is_legal(segmenter, image, message):
+    with pytest.raises(ValueError, match=message):
+        segmenter.predict(image)
+
+
+def test_the_array_that_was_given_is_left_as_it_was(segmenter):
+    pixels = noise(9, 9, 3)
+    pixels.flags.writeable = False
+    before = pixels.copy()
+    segmenter.predict(pixels)
+    assert np.array_equal(pixels, before)
+
+
+@pytest.mark.parametrize("size", [(130, 33), (200, 301), (64, 400)])
+def test_tiles_of_the_unpadded_network_equal_the_whole(make_bundle, size):
+    """Overlap-tile strategy, arXiv:1505.04597, Fig. 2."""
+    tiled = load(make_bundle("tiled.safetensors", model="unet_paper", tile=68, overlap=4), device="cpu")
+    whole = load(make_bundle("whole.safetensors", model="unet_paper", tile=1024), device="cpu")
+    image = noise(*size, 3)
+    torch.testing.assert_close(tiled.logits(image), whole.logits(image), rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_of_a_padded_network_nearly_agree_with_the_whole(make_bundle):
+    tiled = load(make_bundle("tiled.safetensors", tile=128, overlap=64), device="cpu")
+    whole = load(make_bundle("whole.safetensors", tile=1024), device="cpu")
+    image = noise(150, 260, 3)
+    assert (tiled.predict(image) == whole.predict(image)).mean() > 0.9
+
+
+def test_classes_and_colours_are_the_bundle_s(run):
+    segmenter = perpixel.load(run / "best.safetensors", device="cpu")
+    assert segmenter.classes == ["sky", "water", "reeds", "bird", "fish"]
+    assert len(segmenter.colors) == 5
+    assert segmenter.colors[0] == (135, 190, 235)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 130), (33, 7)])
+def test_label_files_hold_the_predicted_indices_with_the_classes_palette(segmenter, tmp_path, out, height, width):
+    path = save(tmp_path / "a.png", noise(height, width, 3))
+    result = predict_files(segmenter, [path], out, with_overlay=True, with_probabilities=True)
+    assert result.written == [out / "a.png"]
+    with Image.open(out / "a.png") as written:
+        assert (written.mode, written.size) == ("P", (width, height))
+        assert np.array_equal(np.asarray(written), segmenter.predict(path))
+        palette = np.asarray(written.getpalette()).reshape(-1, 3)
+    assert palette[:3].tolist() == [list(color) for color in segmenter.colors]
+    with Image.open(out / "overlays" / "a.jpg") as shown:
+        assert (shown.mode, shown.size) == ("RGB", (width, height))
+    assert np.load(out / "probabilities" / "a.npy").shape == (3, height, width)
+
+
+def test_probabilities_are_float16_and_add_up_to_one(segmenter, tmp_path, out):
+    path = save(tmp_path / "a.png", noise(40, 30, 3))
+    predict_files(segmenter, [path], out, with_probabilities=True)
+    written = np.load(out / "probabilities" / "a.npy", allow_pickle=False)
+    assert written.dtype == np.float16
+    np.testing.assert_allclose(written.astype(np.float64).sum(axis=0), 1, atol=2e-3)
+    np.testing.assert_allclose(written, segmenter.probabilities(path), atol=1e-3)
+
+
+def test_an_overlay_is_the_colour_of_each_class_over_the_image(segmenter, tmp_path, out):
+    """Half image and half colour; JPEG blurs single pixels, so means are compared."""
+    path = save(tmp_path / "a.png", np.full((64, 64, 3), 200, np.uint8))
+    predict_files(segmenter, [path], out, with_overlay=True)
+    labels, shown = np.asarray(Image.open(out / "a.png")), np.asarray(Image.open(out / "overlays" / "a.jpg")).astype(float)
+    expected = 0.5 * 200 + 0.5 * np.asarray(segmenter.colors, float)[labels]
+    np.testing.assert_allclose(shown.mean(axis=(0, 1)), expected.mean(axis=(0, 1)), atol=4)
+
+
+def test_only_what_is_asked_for_is_written(segmenter, tmp_path, out):
+    predict_files(segmenter, [save(tmp_path / "a.png", noise(8, 8, 3))], out)
+    assert sorted(path.name for path in out.iterdir()) == ["a.png"]
+
+
+def test_files_folders_globs_and_stacks_are_found(segmenter, tmp_path, out):
+    save(tmp_path / "folder" / "a.png", noise(8, 8, 3))
+    save(tmp_path / "folder" / "b.jpg", noise(9, 9, 3))
+    save(tmp_path / "more" / "x1.png", noise(10, 10, 3))
+    save(tmp_path / "more" / "x2.png", noise(10, 10, 3))
+    save(tmp_path / "more" / "y.png", noise(10, 10, 3))
+    save(tmp_path / "single.bmp", noise(11, 11, 3))
+    volume = noise(3, 12, 13)
+    tifffile.imwrite(tmp_path / "stack.tif", volume, photometric="minisblack")
+    inputs = [tmp_path / "folder", str(tmp_path / "more" / "x*.png"), tmp_path / "single.bmp", tmp_path / "stack.tif"]
+    result = predict_files(segmenter, inputs, out)
+    names = ["a", "b", "x1", "x2", "single", "stack_0000", "stack_0001", "stack_0002"]
+    assert result.written == [out / f"{name}.png" for name in names]
+    assert np.array_equal(np.asarray(Image.open(out / "stack_0001.png")), segmenter.predict(volume[1]))
+
+
+def test_progress_counts_every_picture(segmenter, tmp_path, out):
+    save(tmp_path / "in" / "a.png", noise(8, 8, 3))
+    save(tmp_path / "in" / "b.png", noise(8, 8, 3)).write_bytes(b"")
+    seen = []
+    predict_files(segmenter, [tmp_path / "in"], out, progress=lambda *told: seen.append(told))
+    assert seen == [(1, 2, "a"), (2, 2, "b")]
+
+
+def test_a_damaged_picture_is_named_and_the_others_are_written(segmenter, tmp_path, out):
+    for name in ("a", "b", "c", "d"):
+        save(tmp_path / "in" / f"{name}.png", noise(8, 8, 3))
+    (tmp_path / "in" / "b.png").write_bytes((tmp_path / "in" / "b.png").read_bytes()[:60])
+    tifffile.imwrite(tmp_path / "in" / "d.tif", noise(8, 8, 5), photometric="minisblack", planarconfig="contig")
+    (tmp_path / "in" / "d.png").unlink()
+    result = predict_files(segmenter, [tmp_path / "in"], out)
+    assert [path.name for path in result.written] == ["a.png", "c.png"]
+    assert list(result.damaged) == [str(tmp_path / "in" / "b.png"), str(tmp_path / "in" / "d.tif")]
+    assert all(why.startswith(f"{file}: ") for file, why in result.damaged.items())
+    assert "5 bands; the model was trained on 3" in result.damaged[str(tmp_path / "in" / "d.tif")]
+    assert not (out / "b.png").exists()
+
+
+def test_two_pictures_that_would_be_written_to_one_file_are_refused_before_anything_is(segmenter, tmp_path, out):
+    first, second = save(tmp_path / "x" / "a.png", noise(8, 8, 3)), save(tmp_path / "y" / "a.jpg", noise(8, 8, 3))
+    with pytest.raises(ValueError, match=r"x/a\.png and .*y/a\.jpg would both be written to .*out/a\.png; predict them into two folders"):
+        predict_files(segmenter, [first, second], out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_input_is_never_overwritten(segmenter, tmp_path, linked):
+    """`predict model.safetensors photos -o photos` would replace every photograph by its labels."""
+    path = save(tmp_path / "photos" / "a.png", noise(8, 8, 3))
+    before, out = path.read_bytes(), tmp_path / "photos"
+    if linked:
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "photos")
+    with pytest.raises(ValueError, match=r"a\.png is an input, and the labels .* would overwrite it; choose another folder"):
+        predict_files(segmenter, [tmp_path / "photos"], out)
+    assert path.read_bytes() == before
+
+
+def test_labels_beside_images_of_another_suffix_are_fine(segmenter, tmp_path):
+    save(tmp_path / "photos" / "a.jpg", noise(8, 8, 3))
+    assert predict_files(segmenter, [tmp_path / "photos"], tmp_path / "photos").written == [tmp_path / "photos" / "a.png"]
+
+
+def test_many_classes_are_written_with_sixteen_bits(make_bundle, tmp_path, out):
+    segmenter = load(make_bundle(classes=300, width=1), device="cpu")
+    path = save(tmp_path / "a.png", noise(32, 32, 3))
+    predict_files(segmenter, [path], out, with_overlay=True)
+    labels = segmenter.predict(path)
+    assert labels.dtype == np.uint16
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), labels)
+    assert (out / "overlays" / "a.jpg").exists()
+
+
+def test_what_is_no_bundle_is_refused_when_it_is_loaded(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a bundle"):
+        perpixel.load(str(tmp_path / "a.safetensors"))
