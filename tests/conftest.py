@@ -86,9 +86,10 @@ def make_bundle(tmp_path):
             for parameter in network.decoder.classify.parameters():
                 parameter.normal_()  # so that every class is predicted somewhere
         card = Card(
-            perpixel="0.1.0", model=model, encoder=encoder, options=options, bands=bands, dtype=dtype, mean=[0.5] * bands, std=[0.25] * bands,
-            classes=[f"class {k}" for k in range(classes)], colors=default_colors(classes), tile=tile, overlap=overlap,
-            label_map={"values": {str(k): k for k in range(classes)}, "rgb": False, "nearest": False, "ignore": 255},
+            perpixel="0.1.0", model=model, encoder=encoder, options=options, bands=bands, dtype=dtype,
+            mean=[0.5] * bands, std=[0.25] * bands, classes=[f"class {k}" for k in range(classes)], colors=default_colors(classes),
+            label_map={"values": {str(k): k for k in range(classes)}, "ignore": 255 if classes <= 255 else 65535},
+            tile=tile, overlap=overlap,
         )  # fmt: skip
         save_bundle(tmp_path / name, network.state_dict(), card)
         return tmp_path / name

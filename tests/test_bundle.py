@@ -256,5 +256,3 @@ def test_killed_while_saving_the_old_bundle_stays_whole(old, monkeypatch, moment
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert old.read_bytes() == before
     assert read_tensors(old)[1] == {"which": "old"}
-
-

@@ -3,7 +3,9 @@
 The public names load on first use, so that `import perpixel` is instant and loads neither torch nor timm.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +30,21 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'perpixel' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+class _Package(ModuleType):
+    """Where a function and the file it lives in share a name, the name means the function.
+
+    Importing perpixel/train.py binds the module as `perpixel.train`; that binding is dropped here. `from perpixel.train import ...`
+    is not touched by this.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'perpixel' has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -14,6 +14,7 @@ from perpixel.data.duplicates import find_duplicates
 from perpixel.data.images import Picture, default_colors
 from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, read_classes, split_pairs
 from perpixel.data.masks import LabelMap
+from perpixel.data.proposals import Proposal
 from perpixel.data.survey import FULL, Fault, Reading, common_form, pooled_moments, survey
 
 __all__ = ["Check", "Progress", "check", "render"]
@@ -106,8 +107,9 @@ def check(
     images: str | Path,
     masks: str | Path | None = None,
     *,
-    classes: str | None = None,
+    classes: str | Sequence[str] | None = None,
     labels: Mapping[int, int] | None = None,
+    label_map: LabelMap | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
     progress: Progress | None = None,
@@ -116,8 +118,9 @@ def check(
 
     Args:
         images, masks: any layout of `perpixel.data.layouts`.
-        classes: a file of class names, or the names with commas; None takes the file that lies beside the images, if any.
+        classes: a file of class names, the names with commas, or a list of names; None takes the file that lies beside the images, if any.
         labels: what mask values mean, where the proposal is to be overruled: value -> class index, or 255 to ignore.
+        label_map: what every mask value means, as an earlier check found it: taken as it is, nothing is proposed. Needs a list of classes.
         val_fraction, seed: for sets that bring no split; see `split_pairs`.
 
     Raises:
@@ -126,7 +129,7 @@ def check(
     """
     layout = find_layout(images, masks)
     source = classes or layout.classes_file
-    names, colors = read_classes(source) if source else (None, None)
+    names, colors = read_classes(source) if isinstance(source, str | Path) else (source, None)
     labelled = [pair for pair in split_pairs(layout.pairs, val_fraction, seed) if pair.mask is not None]
     report = Check(
         layout.kind,
@@ -146,7 +149,10 @@ def check(
     if not report.split("train") and not report.problems:
         report.problems.append(_no_training_pair(report, layout))
     if readings:
-        proposal = counter.propose(names=names, colors=colors, overrides=labels)
+        if label_map is None:
+            proposal = counter.propose(names=names, colors=colors, overrides=labels)
+        else:
+            proposal = _stated(label_map, names or (), readings)
         report.label_map, report.encoding = proposal.label_map, proposal.encoding
         report.reasons = list(proposal.reasons)
         report.problems += proposal.problems
@@ -157,6 +163,17 @@ def check(
         _compare_parts(report, readings)
     _warn(report)
     return report
+
+
+def _stated(label_map: LabelMap, names: Sequence[str], readings: Sequence[Reading]) -> Proposal:
+    """A label map that is known already; a mask value that it lacks is a problem."""
+    problems = []
+    for reading in readings:
+        try:
+            label_map(reading.values[None], str(reading.pair.mask))
+        except ValueError as error:
+            problems.append(str(error))
+    return Proposal(label_map, "values as stated before", (), tuple(problems[:1]), tuple(names), ())
 
 
 # ---- what can be used

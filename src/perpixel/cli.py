@@ -1,5 +1,6 @@
 """The command line: one function per command, no logic. Everything heavy is imported inside, so that `--help` is instant."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ def train(
         labels=_labels(label),
         console=Console(),
     )
-    _summarise(outcome, Console())
+    if os.environ.get("RANK", "0") == "0":  # the first process of `torchrun` speaks for all
+        _summarise(outcome, Console())
 
 
 @app.command()
@@ -182,9 +184,9 @@ def _summarise(outcome: "Outcome", console: Console) -> None:
 
 @contextmanager
 def _live(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error; nothing where a program reads."""
+    """A progress bar on standard error; nothing where a program reads, or where no terminal shows it."""
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+    with Progress(console=Console(stderr=True, quiet=quiet or not sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task(what)
         yield lambda done, of, name: bar.update(task, completed=done, total=of, description=f"{what} {escape(name)}")

@@ -255,10 +255,10 @@ def _plan_augmentation(choices: Choices, report: Check) -> None:
         "flip_horizontal": (True, "left and right are alike"),
         "flip_vertical": (not photo, "photographs have a top" if photo else "no up and down in such images"),
         "rotate90": (not photo, "photographs have a top" if photo else "no up and down in such images"),
-        "elastic_sigma": (0.0 if photo else 6.0, "no bent streets" if photo else "tissue bends (Ronneberger et al. 2015)"),
+        "elastic_sigma": (6.0, "tissue bends (Ronneberger et al. 2015)") if report.bands == 1 else (0.0, "nothing bends"),
         "brightness": (0.3, "light differs from image to image"),
         "contrast": (0.3, "light differs from image to image"),
-        "saturation": (0.3 if photo else 0.0, "colours fade" if photo else "no colours"),
+        "saturation": (0.3 if photo else 0.0, "colours fade" if photo else f"{report.bands} bands of {report.dtype} are no colours"),
     }
     for key, (value, reason) in augment.items():
         choices.take(f"train.augment.{key}", value, reason)

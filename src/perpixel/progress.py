@@ -25,12 +25,13 @@ class TrainingLog:
 
     Args:
         first_step: where the run goes on; later rows of an interrupted run are dropped, as their steps are done again.
+        writes: whether this process keeps the files; one of several does.
     """
 
-    def __init__(self, out: Path, console: Console, section: TrainSection, first_step: int) -> None:
-        self.path, self.console, self.section = out / "metrics.csv", console, section
+    def __init__(self, out: Path, console: Console, section: TrainSection, first_step: int, writes: bool = True) -> None:
+        self.path, self.console, self.section, self.writes = out / "metrics.csv", console, section, writes
         self.rows = _read_rows(self.path, first_step)
-        self.board = _tensorboard(out) if not console.quiet else None
+        self.board = _tensorboard(out) if writes else None
         self.started = time.monotonic()
         self.asked = self.busy = 0.0  # when the batch at hand was asked for; seconds spent on the steps of this row
         self.waited, self.costs, self.miou = 0.0, list[float](), math.nan
@@ -94,7 +95,7 @@ class TrainingLog:
     def _row(self, step: int, values: dict[str, float]) -> None:
         self.rows = [row for row in self.rows if row["step"] != str(step)]  # a validation completes the row of its step
         self.rows.append({"step": str(step)} | {name: f"{values[name]:.6g}" if name in values else "" for name in COLUMNS[1:]})
-        if not self.console.quiet:
+        if self.writes:
             _write_rows(self.path, self.rows)
         if self.board is not None:
             for name, value in values.items():

@@ -61,7 +61,8 @@ class Place:
     best_miou: float = -1.0
     best_step: int = 0
     data: str = ""  # names of the pairs, so that a changed data set is noticed
-    scores: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)  # of best.safetensors
+    finished: list[float | None] = field(default_factory=list)  # the steps and minutes at which the run ended
 
 
 def train(
@@ -93,7 +94,8 @@ def train(
     """
     started, out = time.monotonic(), Path(out)
     console = console or Console(quiet=True)
-    console.quiet = console.quiet or os.environ.get("RANK", "0") != "0"
+    if os.environ.get("RANK", "0") != "0":
+        console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if steps is not None and minutes is not None:
         raise ValueError("both steps and minutes are given; give one of them.")
     if not resume and (out / "resume.safetensors").exists():
@@ -101,19 +103,20 @@ def train(
     again = resume and (out / "recipe.yaml").exists()
     given = merge(*([read_recipe(source)] if (source := out / "recipe.yaml" if again else recipe) else []), read_settings(settings))
     data = given.get("data", {})
-    known = {int(value): int(label) for value, label in data.get("label_map", {}).get("values", {}).items()}
     with console.status("reading every image and mask"):
         report = check(
-            Path(images),
-            None if masks is None else Path(masks),
-            classes=classes or ",".join(data.get("classes", [])) or None,
-            labels={**known, **(labels or {})},
+            images,
+            masks,
+            classes=classes or data.get("classes"),
+            labels=labels,
+            label_map=LabelMap.from_dict(data["label_map"]) if data.get("label_map") else None,
             val_fraction=data.get("val_fraction", 0.2),
             seed=data.get("split_seed", 0),
         )
     if not report.ready:
         render(report, console)
         raise ValueError(f"{images}: training can't start: " + "; ".join(report.problems))
+    given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given, steps=steps, minutes=minutes)
     if not again:
         _announce(report, reasons, console)
@@ -133,7 +136,9 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     if fabric.is_global_zero and not (resume and (out / "recipe.yaml").exists()):
         _write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
-    with TrainingLog(out, console, section, place.step) as log:
+    if place.finished == [section.steps, section.minutes]:
+        return run.outcome()
+    with TrainingLog(out, console, section, place.step, writes=fabric.is_global_zero) as log:
         for images, labels, weights in log.waiting(run.loader(place.step)):
             progress = fabric.broadcast(clock.progress(place.step))
             if progress >= 1:
@@ -149,9 +154,9 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             elif fabric.broadcast(time.monotonic() - run.saved_at > max(SAVE_EVERY, 20 * run.save_seconds)):
                 run.save()
         run.validate(log)
-        place.seconds = clock.elapsed
+        place.seconds, place.finished = clock.elapsed, [section.steps, section.minutes]
         run.save()
-    return run.finish()
+    return run.outcome()
 
 
 class Run:
@@ -358,7 +363,7 @@ class Run:
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
-    def finish(self) -> Outcome:
+    def outcome(self) -> Outcome:
         """The outcome, with the scores of best.safetensors."""
         return Outcome(self.out, self.recipe, self.place.step, self.place.best_step, self.place.scores)
 

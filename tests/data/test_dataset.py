@@ -208,5 +208,3 @@ def test_weights_are_stacked_where_there_are_any():
     weighed = (*sample[:2], torch.ones(2, 2))
     assert collate([sample, sample])[2] is None
     assert [tuple(part.shape) for part in collate([weighed] * 3)] == [(3, 3, 2, 2), (3, 2, 2), (3, 2, 2)]
-
-

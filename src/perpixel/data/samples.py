@@ -64,7 +64,7 @@ def generate(index: int, seed: int = 0, height: int = 192, width: int = 256) -> 
     rng = np.random.default_rng([seed, index])
     scene = _background(rng, height, width)
     reeds = _reeds(rng, height, width)
-    behind = int(rng.integers(len(reeds) + 1))
+    behind = int(rng.integers(0, len(reeds) + 1, 2).max())  # most reeds stand behind, or they would hide more fish than birds
     for reed in reeds[:behind]:
         _paint_reed(scene, rng, reed)
     # Birds and fish take turns, so neither lies in front of the other more often.
@@ -149,7 +149,7 @@ def _blend(scene: Scene, box: tuple[slice, slice], cover: np.ndarray, color: np.
 def _paint_animal(scene: Scene, rng: np.random.Generator, kind: int) -> None:
     """A body with tail, wing or fin, and eye. `kind` decides the place and nothing else: every other number is drawn alike."""
     height, width = scene.labels.shape
-    half = height * rng.uniform(0.06, 0.125)  # half the length of the body
+    half = height * rng.uniform(0.065, 0.13)  # half the length of the body
     stout, tail, fin, sweep = rng.uniform(0.28, 0.42), rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.1), rng.uniform(0.5, 1.2)
     angle, left, over = rng.uniform(-0.4, 0.4), rng.choice([-1, 1]), rng.choice([-1, 1])
     coats = COATS[rng.choice(len(COATS), 2, replace=False)] + rng.normal(0, 10, (2, 3)).astype(np.float32)

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 VOID_COLOR = (224, 224, 192)  # index 255 of the Pascal VOC colour map: "void"
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -35,6 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner may read
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
