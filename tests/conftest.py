@@ -1,5 +1,6 @@
 """Shared by all tests: the marker for real data, a small data set, a run on it."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# The models of the tests are so small that threads cost more than they bring; processes that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

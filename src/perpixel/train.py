@@ -358,8 +358,12 @@ class Run:
         if self.average is not None:
             self.average.model.load_state_dict(parts["average"])
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in parts["optimizer"].items():
             index, _, key = name.partition(".")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:  # files hold plain layout; fused optimisers want the parameter's, channels last
+                tensor = torch.empty_like(parameter).copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
