@@ -21,6 +21,7 @@ class Clock:
     def __init__(self, section: TrainSection, started: float, before: float) -> None:
         self.section, self.started, self.before = section, started, before
         self.reserve = 0.0  # seconds kept for the last validation, known after the first
+        self.reached = 0.0
         self.first: tuple[int, float] | None = None
 
     @property
@@ -29,10 +30,12 @@ class Clock:
         return self.before + time.monotonic() - self.started
 
     def progress(self, step: int) -> float:
-        """0 at the start, 1 at the end."""
+        """0 at the start, 1 at the end; never falls, also where `reserve` does."""
         if self.section.steps is not None:
             return min(1.0, step / self.section.steps)
-        return min(1.0, self.elapsed / max(1e-9, 60 * (self.section.minutes or 0) - self.reserve))
+        budget = max(1e-9, 60 * (self.section.minutes or 0) - self.reserve)
+        self.reached = max(self.reached, min(1.0, self.elapsed / budget))
+        return self.reached
 
     def left(self, step: int) -> float:
         """Seconds until the end, as far as one can tell."""

@@ -149,7 +149,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             after = fabric.broadcast(clock.progress(place.step))
             log.step(place.step, after, place.seconds, value, rate, clock.left(place.step))
             if math.floor(progress * section.validations) < math.floor(after * section.validations) and after < 1:
-                clock.reserve = 1.5 * run.validate(log)
+                clock.reserve = 1.2 * run.validate(log)
                 run.save()
             elif fabric.broadcast(time.monotonic() - run.saved_at > max(SAVE_EVERY, 20 * run.save_seconds)):
                 run.save()
