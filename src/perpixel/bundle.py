@@ -45,6 +45,8 @@ class Card(BaseModel):
     label_map: dict[str, Any]
     tile: int
     overlap: int
+    val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
+    split_seed: int = 0
 
 
 @dataclass

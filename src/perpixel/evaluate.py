@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from perpixel.bundle import Bundle, load_bundle
+from perpixel.bundle import Bundle, Card, load_bundle
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import Layout, Pair, find_layout, split_pairs
 from perpixel.data.masks import IGNORE, LabelMap
@@ -124,7 +124,7 @@ def evaluate(
         bundle = load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     card = bundle.card
     layout = find_layout(images, masks)
-    pairs = _pairs(layout, split, str(images))
+    pairs = _pairs(layout, split, card, str(images))
     data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
     result = score(bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress)
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
@@ -144,13 +144,13 @@ def _label_map(bundle: Bundle, labels: Mapping[int, int]) -> LabelMap:
     return LabelMap({**own.values, **given}, own.rgb, own.nearest, own.ignore)
 
 
-def _pairs(layout: Layout, split: str | None, images: str) -> list[Pair]:
-    """The labelled pairs to score. Where the set has no part for validation, it is split just as `perpixel train` splits it."""
+def _pairs(layout: Layout, split: str | None, card: Card, images: str) -> list[Pair]:
+    """The labelled pairs to score. Where the set has no part for validation, it is split as the bundle's training split it."""
     pairs = [pair for pair in layout.pairs if pair.mask is not None]
     if split is None and any(pair.split in ("train", "val") for pair in pairs):
         split = "val"
     if split is not None:
-        pairs = split_pairs(pairs)
+        pairs = split_pairs(pairs, card.val_fraction, card.split_seed)
         parts = sorted({str(pair.split) for pair in pairs if pair.split})
         pairs = [pair for pair in pairs if pair.split == split]
         if not pairs:

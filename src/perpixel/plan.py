@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,7 +17,8 @@ from safetensors import safe_open
 
 from perpixel.check import Check
 from perpixel.models import InputGeometry, build
-from perpixel.recipe import Recipe, merge
+from perpixel.models.encoders import timm_encoder
+from perpixel.recipe import Recipe, check_parts, merge
 
 CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
 DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value
@@ -40,8 +42,12 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on."""
+    """What the machine that this process runs on has for it: a container's limit counts, and processes of one `torchrun` share."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -74,15 +80,12 @@ class Choices:
         return value
 
 
-def plan(
-    report: Check, machine: Machine, given: Mapping[str, Any], *, steps: int | None = None, minutes: float | None = None
-) -> tuple[Recipe, dict[str, str]]:
+def plan(report: Check, machine: Machine, given: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """A full recipe for a data set on a machine.
 
     Args:
         report: of a set that is ready.
         given: parts of a recipe that win over every choice made here.
-        steps, minutes: where the run ends, at most one of them; with neither, steps are chosen.
 
     Returns:
         The recipe, and for each planned key `value - reason`.
@@ -96,10 +99,10 @@ def plan(
     _plan_batches(choices, report, machine)
     _plan_optimisation(choices, report)
     _plan_augmentation(choices, report)
-    _plan_length(choices, report, steps, minutes)
-    lengths = {key: choices.taken["train"].get(key) for key in ("steps", "minutes")}
-    recipe = Recipe.model_validate(merge(choices.taken, given, {"train": lengths} if any(lengths.values()) else {}))
-    return recipe, choices.reasons
+    _plan_length(choices, report)
+    parts = merge(given, choices.taken)  # what was given and stands among the choices has won there already
+    check_parts(parts, "the recipe")
+    return Recipe.model_validate(parts), choices.reasons
 
 
 def _plan_data(choices: Choices, report: Check) -> None:
@@ -120,15 +123,18 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
     if encoder == "plain":
-        choices.take(
-            "model.options", {"width": 64 if gpu else 16}, "the paper's width" if gpu else "narrow: a processor's time goes further"
-        )
+        choices.take("model.options.width", 64 if gpu else 16, "the paper's width" if gpu else "narrow: a processor's time goes further")
         return
-    online = weights is None and _hub_is_reachable()
-    why = "published weights are downloaded" if online else "no hub can be reached: from scratch"
-    choices.take("model.encoder_weights", True if online else None, why)
-    light = {"decoder_channels": [128, 64, 32, 32], "head_stride": 2, "dropout": 0.1}
-    choices.take("model.options", {} if gpu else light, "the decoder's own" if gpu else "a light decoder: a processor's time goes further")
+    if not _has(choices.given, "model.encoder_weights"):
+        online = _hub_is_reachable()
+        why = "published weights are downloaded" if online else "no hub can be reached: from scratch"
+        choices.take("model.encoder_weights", True if online else None, why)
+    else:
+        choices.take("model.encoder_weights", weights, "as you asked")
+    if not gpu and len(_strides(encoder)) == 5:
+        choices.take("model.options.decoder_channels", [128, 64, 32, 32], "a light decoder: a processor's time goes further")
+        choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
+        choices.take("model.options.dropout", 0.1, "few images")
 
 
 def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
@@ -137,8 +143,10 @@ def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str
     photo = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"]
     if report.bands != 3 or report.dtype != "uint8":
         return "plain", f"{report.bands} band{'s' * (report.bands != 1)} of {report.dtype} are no photographs: the U-Net path, from scratch"
-    if weights or _hub_is_reachable():
+    if weights or (weights is None and _hub_is_reachable()):
         return photo, f"8-bit RGB: ImageNet weights help, and this one suits {machine.gpu or 'a processor'}"
+    if weights is False:
+        return "plain", "without published weights: the U-Net path, from scratch"
     return (
         "plain",
         "no hub can be reached for ImageNet weights (--set model.encoder_weights=FILE takes a file): the U-Net path, from scratch",
@@ -171,8 +179,9 @@ def _metadata(weights: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+@cache
 def _hub_is_reachable() -> bool:
-    """Whether weights can be downloaded, found out in at most two seconds."""
+    """Whether weights can be downloaded: asked once, and given up soon."""
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return False
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
@@ -194,7 +203,7 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     if not all(geometry.fits(side) for side in crop):
         legal = "x".join(str(geometry.fit(side)) for side in crop)
         raise ValueError(f"train.crop is {crop[0]}x{crop[1]}; {name} needs {geometry.describe()}. The nearest is {legal}.")
-    choices.take("train.batch", 16 if machine.gpu else 4, "many updates matter more than large ones" if not machine.gpu else "fills a GPU")
+    choices.take("train.batch", *_batch(machine))
     choices.take("train.precision", "bf16-mixed" if machine.bf16 else "32-true", f"this machine: {machine.words}")
     values = sum(height * width * count for (height, width), count in report.sizes.items())
     decoded = values * (report.bands * DEPTH[report.dtype] + 1)
@@ -202,6 +211,13 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     choices.take("train.cache", fits, f"decoded, the set takes {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
     workers = min(8, machine.cores - 1) if machine.gpu else 0
     choices.take("train.workers", workers, "they augment while the GPU works" if workers else "the cores are busy with the network")
+
+
+def _batch(machine: Machine) -> tuple[int, str]:
+    if machine.gpu is None:
+        return 4, "many updates matter more than large ones"
+    room = machine.gpu_memory // 2**30
+    return (16 if room >= 15 else 8 if room >= 7 else 4), f"fits {room} GiB with room to spare"
 
 
 def _typical(report: Check, axis: int) -> int:
@@ -217,10 +233,15 @@ def _nearest_legal(side: float, geometry: InputGeometry) -> int:
 
 
 def _geometry(choices: Choices, report: Check) -> InputGeometry:
-    model = choices.taken["model"]
-    options = _given(choices.given, "model.options") or model.get("options", {})
+    model = merge(choices.taken["model"], choices.given.get("model") or {})
+    options = {key: value for key, value in (model.get("options") or {}).items() if value is not None}
     with torch.device("meta"):
         return build(model["name"], len(report.classes), encoder=model.get("encoder"), in_channels=report.bands, **options).geometry
+
+
+def _strides(encoder: str) -> list[int]:
+    with torch.device("meta"):
+        return timm_encoder(encoder).strides
 
 
 def _plan_optimisation(choices: Choices, report: Check) -> None:
@@ -229,8 +250,9 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
-    choices.take("train.lr", 2e-3, "AdamW, with a short warm-up and a cosine to zero")
-    choices.take("train.warmup", 0.04, "a few hundred steps settle batch norm and the new layers")
+    sgd = _given(choices.given, "train.optimizer") == "sgd"
+    choices.take("train.lr", 0.01 if sgd else 2e-3, "SGD with momentum" if sgd else "AdamW, with a cosine to zero")
+    choices.take("train.warmup", 0.04, "settles batch norm and the new layers")
     scale = 0.3 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
@@ -240,7 +262,7 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     choices.take("train.class_weights", "inverse_log" if uneven else "none", rare)
     terms = [{"name": "cross_entropy", "weight": 1.0}, {"name": "lovasz_softmax", "weight": 0.5}]
     choices.take("train.loss", terms, "Lovasz-softmax raises IoU, cross-entropy keeps the scores honest")
-    if model.get("options", {}).get("head_stride", 1) > 1:
+    if (model.get("options", {}).get("head_stride") or 1) > 1:
         choices.take("train.loss_stride", 2, "the logits are no finer than that")
 
 
@@ -250,33 +272,39 @@ def _plan_augmentation(choices: Choices, report: Check) -> None:
     crop = choices.taken["train"]["crop"]
     cover = max(crop[0] / _typical(report, 0), crop[1] / _typical(report, 1))
     least = round(min(1.0, max(0.5, 0.75 * cover)), 2)
+    coloured = report.bands in (1, 3)
+    light = "light differs from image to image" if coloured else f"{report.bands} bands have no common light"
+    upright = "photographs have a top" if photo else "no up and down in such images"
     augment = {
         "scale": ([least, 1.6], "objects come in many sizes") if photo else ([0.8, 1.25], "magnification hardly changes"),
         "flip_horizontal": (True, "left and right are alike"),
-        "flip_vertical": (not photo, "photographs have a top" if photo else "no up and down in such images"),
-        "rotate90": (not photo, "photographs have a top" if photo else "no up and down in such images"),
+        "flip_vertical": (not photo, upright),
+        "rotate90": (not photo, upright),
         "elastic_sigma": (6.0, "tissue bends (Ronneberger et al. 2015)") if report.bands == 1 else (0.0, "nothing bends"),
-        "brightness": (0.3, "light differs from image to image"),
-        "contrast": (0.3, "light differs from image to image"),
+        "brightness": (0.3 if coloured else 0.0, light),
+        "contrast": (0.3 if coloured else 0.0, light),
         "saturation": (0.3 if photo else 0.0, "colours fade" if photo else f"{report.bands} bands of {report.dtype} are no colours"),
     }
     for key, (value, reason) in augment.items():
         choices.take(f"train.augment.{key}", value, reason)
 
 
-def _plan_length(choices: Choices, report: Check, steps: int | None, minutes: float | None) -> None:
-    asked = steps is not None or minutes is not None
+def _plan_length(choices: Choices, report: Check) -> None:
     given = {key: _given(choices.given, f"train.{key}") for key in ("steps", "minutes")}
-    if asked or not any(given.values()):
-        batch, images = choices.taken["train"]["batch"], len(report.split("train"))
-        epochs = math.ceil(min(20_000, max(400, 60 * images / batch)))
-        chosen = {"steps": steps if asked else epochs, "minutes": minutes}
-        for key, value in chosen.items():
-            choices.taken["train"][key] = value
-            if value is not None:
-                choices.reasons[f"train.{key}"] = f"{value} - " + (
-                    "as you asked" if asked else f"{epochs * batch / images:.0f} passes over {images} images"
-                )
+    batch, images = choices.taken["train"]["batch"], len(report.split("train"))
+    for key, value in given.items():
+        if value is not None:
+            choices.take(f"train.{key}", value, "as you asked")
+    if not any(given.values()):
+        steps = math.ceil(min(20_000, max(400, 60 * images / batch)))
+        choices.taken["train"]["steps"] = steps
+        choices.reasons["train.steps"] = f"{steps} - {steps * batch / images:.0f} passes over {images} images"
+
+
+def _has(given: Mapping[str, Any], key: str) -> bool:
+    *sections, last = key.split(".")
+    section = _given(given, ".".join(sections))
+    return isinstance(section, Mapping) and last in section
 
 
 def _given(given: Mapping[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ from perpixel.evaluate import Evaluation
 from perpixel.recipe import TrainSection
 
 T = TypeVar("T")
-COLUMNS = ("step", "seconds", "images_per_second", "lr", "cost", "val_cost", "val_miou", "val_pixel_accuracy")
+COLUMNS = ("step", "seconds", "images_per_second", "lr", "cost", "val_cross_entropy", "val_miou", "val_pixel_accuracy")
 EVERY = 20  # steps between rows of metrics.csv
 
 
@@ -31,7 +31,7 @@ class TrainingLog:
     def __init__(self, out: Path, console: Console, section: TrainSection, first_step: int, writes: bool = True) -> None:
         self.path, self.console, self.section, self.writes = out / "metrics.csv", console, section, writes
         self.rows = _read_rows(self.path, first_step)
-        self.board = _tensorboard(out) if writes else None
+        self.board = _tensorboard(out, first_step) if writes else None
         self.started = time.monotonic()
         self.asked = self.busy = 0.0  # when the batch at hand was asked for; seconds spent on the steps of this row
         self.waited, self.costs, self.miou = 0.0, list[float](), math.nan
@@ -86,9 +86,9 @@ class TrainingLog:
         """Notes the scores of a validation."""
         self.miou = result.confusion.miou
         accuracy = result.confusion.pixel_accuracy
-        scores = {"val_cost": result.cost, "val_miou": self.miou, "val_pixel_accuracy": accuracy}
+        scores = {"val_cross_entropy": result.cost, "val_miou": self.miou, "val_pixel_accuracy": accuracy}
         self._row(step, self.latest | scores)
-        words = f"cost {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}"
+        words = f"cross-entropy {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}"
         self.console.print(f"step {step}: cost {self.latest['cost']:.3f}; on validation {words}")
         self.bar.update(self.task, description="training")
 
@@ -120,13 +120,13 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
         temporary.write_text(text.getvalue(), "utf-8")
 
 
-def _tensorboard(out: Path) -> Any:
-    """A writer of TensorBoard events below OUT/events, or None where TensorBoard is not installed."""
+def _tensorboard(out: Path, first_step: int) -> Any:
+    """A writer of TensorBoard events below OUT/events, or None where TensorBoard is not installed. Later events there are dropped."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "events"))
+    return SummaryWriter(str(out / "events"), purge_step=first_step)
 
 
 def _clock(seconds: float) -> str:

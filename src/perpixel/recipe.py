@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -26,7 +26,7 @@ class DataSection(Section):
     images: str = ""
     masks: str | None = None
     val_fraction: float = Field(0.2, gt=0, lt=1)
-    split_seed: int = 0
+    split_seed: int = Field(0, ge=0)
     classes: list[str] = []
     colors: list[tuple[int, int, int]] = []
     label_map: dict[str, Any] = {}
@@ -36,13 +36,24 @@ class DataSection(Section):
     std: list[float] = []
 
 
+class OptionsSection(Section):
+    """Options of a model; each has those of its function, see `perpixel.build`. None: the model's default."""
+
+    width: int | None = Field(None, ge=1)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    decoder_channels: list[int] | None = None
+    head_stride: int | None = None
+    upsampling: str | None = None
+    image_pooling: bool | None = None
+
+
 class ModelSection(Section):
     """Arguments of `perpixel.build`."""
 
     name: str = "unet"
     encoder: str | None = None
     encoder_weights: bool | str | None = None
-    options: dict[str, Any] = {}
+    options: OptionsSection = OptionsSection()
 
 
 class AugmentSection(Section):
@@ -85,7 +96,7 @@ class TrainSection(Section):
     poly_power: float = Field(0.9, gt=0)
     clip: float | None = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     freeze_batch_norm: bool = False
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
     loss_stride: int = Field(1, ge=1)  # 2: the loss is taken on every second pixel in both directions, in turn
@@ -96,7 +107,13 @@ class TrainSection(Section):
     validations: int = Field(10, ge=1)
     workers: int = Field(0, ge=0)
     cache: bool = True
-    seed: int = 0
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("both steps and minutes are given; a run ends at one of them")
+        return self
 
 
 class PredictSection(Section):
@@ -127,7 +144,7 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         ValueError: unknown name, unreadable file, unknown key or illegal value; the message names the file and the key.
     """
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if str(source) not in shipped():
             raise ValueError(
                 f"unknown recipe {str(source)!r}.{_nearest(str(source), shipped())} Known: {', '.join(shipped())}; or give a YAML file."
@@ -174,6 +191,18 @@ def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any], at: str = "") -> list[str]:
+    """Dotted keys at which two nested mappings differ."""
+    found: list[str] = []
+    for key in dict.fromkeys([*first, *second]):
+        one, two = first.get(key), second.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            found += differing_keys(one, two, f"{at}{key}.")
+        elif one != two:
+            found.append(f"{at}{key}")
+    return found
 
 
 def check_parts(parts: Mapping[str, Any], source: str) -> None:

@@ -75,7 +75,7 @@ class LabelledImages(Dataset[Example]):
         self.pairs, self.label_map, self.bands, self.dtype, self.weigh = list(pairs), label_map, bands, dtype, weigh
         self._kept: list[Example] | None = None
         if cache:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
                 self._kept = list(pool.map(self._read, range(len(self.pairs))))
             self.weigh = None  # done, and what it is bound to need not travel to worker processes
 

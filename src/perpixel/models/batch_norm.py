@@ -33,8 +33,8 @@ def unfold_batch_norm(network: nn.Module, images: Iterable[Tensor]) -> None:
     sums: dict[_BatchNorm, list[Tensor]] = {}
 
     def gather(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].float()
-        parts = [torch.tensor(x.numel() / x.shape[1], dtype=torch.float64), x.sum((0, 2, 3)).double(), x.square().sum((0, 2, 3)).double()]
+        x = inputs[0].double()  # in float32 the difference of squares below would cancel
+        parts = [torch.tensor(x.numel() / x.shape[1], dtype=torch.float64), x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]
         sums[norm] = [old + new for old, new in zip(sums[norm], parts, strict=True)] if norm in sums else parts  # type: ignore[index]
 
     hooks = [norm.register_forward_pre_hook(gather) for norm in batch_norms(network)]

@@ -1,0 +1,325 @@
+"""One process's part of a training run: model, optimiser and data, an update, a validation, and the files that keep them."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from perpixel import __version__
+from perpixel.bundle import SCALE, Card, read_tensors, save_bundle, save_tensors
+from perpixel.check import Check
+from perpixel.data.dataset import LabelledImages, SampleStream, collate, sample_numbers
+from perpixel.data.display import overlay, to_display
+from perpixel.data.masks import LabelMap
+from perpixel.data.transforms import Augmentation, Normalize
+from perpixel.data.writing import replacing, write_rgb
+from perpixel.evaluate import Evaluation, score
+from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost
+from perpixel.models import build
+from perpixel.models.batch_norm import freeze_batch_norm, unfold_batch_norm
+from perpixel.models.model import SegmentationModel
+from perpixel.optimisation import Average, make_optimizer
+from perpixel.progress import TrainingLog
+from perpixel.recipe import Recipe
+
+PICTURES = 6  # validation images drawn after each validation
+STATE_FORMAT = 1  # of resume.safetensors
+
+
+@dataclass
+class Place:
+    """Where a run stands. All that a resumed run must know besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training so far, in all processes' wall-clock
+    best_miou: float = -1.0
+    best_step: int = 0
+    validated: int = -1  # the step of the last validation
+    rounds: int = 0  # validations that were due so far
+    data: str = ""  # names of the pairs, so that a changed data set is noticed
+    scores: dict[str, Any] = field(default_factory=dict)  # of best.safetensors
+    finished: bool = False
+
+
+class Run:
+    """The parts of a run on one process: model, optimiser, data, files."""
+
+    def __init__(self, recipe: Recipe, report: Check, fabric: Fabric, out: Path, fresh: bool) -> None:
+        section = recipe.train
+        self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
+        self.label_map = LabelMap.from_dict(recipe.data.label_map)
+        self.normalize = Normalize(SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
+        self.class_weights = _class_weights(section.class_weights, report)
+        self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
+        self.val_images = self._images("val")
+        self.criterion = self._criterion()
+        self.place = Place(data=_fingerprint(report))
+        torch.manual_seed(section.seed)
+        self.bare = self._build(fresh)
+        self.stream = self._stream()
+        if fresh and getattr(self.bare.encoder, "batch_norm_folded", False):
+            unfold_batch_norm(self.bare.encoder, self._first_images())
+        self.average = Average(self.bare, section.ema) if section.ema else None
+        self.model, self.optimizer = fabric.setup(self.bare, make_optimizer(self.bare, section))
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def _build(self, fresh: bool) -> SegmentationModel:
+        spec, data = self.recipe.model, self.recipe.data
+        weights = spec.encoder_weights if fresh else None  # a resumed run has its own
+        options = spec.options.model_dump(exclude_none=True)
+        model = build(spec.name, len(data.classes), encoder=spec.encoder, encoder_weights=weights, in_channels=data.bands, **options)
+        model.to(self.fabric.device).to(memory_format=torch.channels_last)
+        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
+            # PyTorch has no CPU form of it, and its own conversion would drop the activations within timm's norms.
+            model = convert_sync_batchnorm(model)
+        return model
+
+    def _images(self, split: str, weigh: Callable[[np.ndarray], np.ndarray] | None = None) -> LabelledImages:
+        data = self.recipe.data
+        return LabelledImages(self.report.split(split), self.label_map, data.bands, data.dtype, weigh, self.section.cache)
+
+    def _pixel_weights(self, labels: np.ndarray) -> np.ndarray:
+        """(H, W) weights of U-Net's eq. 2: class weight plus border weight, a sum, so the loss gets no class weights of its own."""
+        by_label = np.ones(self.label_map.ignore + 1, np.float32)
+        if self.class_weights is not None:
+            by_label[: len(self.class_weights)] = self.class_weights.numpy()
+        return by_label[labels] + border_weights(labels, ignore=self.label_map.ignore)
+
+    def _criterion(self) -> CombinedLoss:
+        section = self.section
+        terms = [(term.name, term.weight) for term in section.loss]
+        weights = None if section.border_weights else self.class_weights
+        return combined(terms, ignore=self.label_map.ignore, class_weights=weights, label_smoothing=section.label_smoothing)
+
+    def _stream(self) -> SampleStream:
+        section = self.section
+        augmentation = Augmentation(
+            crop=section.crop,
+            margin=self.bare.geometry.margin,
+            class_pixels=tuple(self.report.pixels["train"]),
+            ignore=self.label_map.ignore,
+            **section.augment.model_dump(),
+        )
+        return SampleStream(self.train_images, augmentation, section.seed)
+
+    def _first_images(self, count: int = 32) -> Iterator[Tensor]:
+        """The first augmented images, normalised, one by one."""
+        for number in range(count):
+            yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
+
+    def loader(self, first_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor | None]]:
+        """The endless stream of this process's shares of the batches from `first_step` on."""
+        section = self.section
+        numbers = sample_numbers(first_step, section.batch, self.fabric.global_rank, self.fabric.world_size)
+        return DataLoader(
+            self.stream,
+            batch_sampler=_Endless(numbers),
+            num_workers=section.workers,
+            collate_fn=collate,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+
+    def train_step(self, images: Tensor, labels: Tensor, weights: Tensor | None, rate: float) -> float:
+        """One update; returns the cost of this process's share of the batch."""
+        section, device = self.section, self.fabric.device
+        torch.manual_seed((section.seed * 1_000_003 + self.place.step) * 1009 + self.fabric.global_rank)  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.model.train()
+        if section.freeze_batch_norm:
+            freeze_batch_norm(self.bare.encoder)
+        pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        logits = self.model(pixels)
+        thin = _every(section.loss_stride, self.place.step)
+        labels, weights = labels[thin].to(device), None if weights is None else weights[thin].to(device)
+        value = cost(self.criterion(logits[thin], labels, weights))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(value)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.bare.parameters(), section.clip or math.inf))
+        total = value.detach().clone()
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(total)
+        number = float(total) / self.fabric.world_size
+        if not math.isfinite(number) or not math.isfinite(norm):  # before the step, so that no checkpoint holds such weights
+            raise ValueError(
+                f"the cost became {number} and its gradient {norm} at step {self.place.step}. Try a lower learning rate "
+                f"(--set train.lr={section.lr / 3:.1g}); the weights up to the last checkpoint are in {self.out}."
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.bare, self.place.step)
+        return number
+
+    @property
+    def scored(self) -> SegmentationModel:
+        """The model that is validated and kept: the averaged weights where there are any."""
+        return self.bare if self.average is None else self.average.model
+
+    def validate(self, log: TrainingLog) -> float:
+        """Scores on the validation part, keeps the best, draws pictures; returns the seconds it took.
+
+        Each process scores its share; counts and losses are summed.
+        """
+        fabric, place, start = self.fabric, self.place, time.monotonic()
+        model = self.scored.eval()
+        if fabric.world_size > 1:
+            for buffer in model.buffers():
+                buffer.copy_(fabric.broadcast(buffer))
+        share = range(fabric.global_rank, len(self.val_images), fabric.world_size)
+        drawn: dict[int, np.ndarray] = {}
+
+        def keep(index: int, labels: Tensor) -> None:
+            if len(drawn) < PICTURES:
+                drawn[index] = labels.cpu().numpy()
+
+        names, tile = self.recipe.data.classes, self.recipe.predict
+        with fabric.autocast():
+            result = score(model, self.val_images, self.normalize, names, tile.tile, tile.overlap, share, log.validating, keep)
+        result = _gathered(fabric, result)
+        if fabric.is_global_zero:
+            for index, predicted in drawn.items():
+                self._draw(index, predicted)
+        place.validated = place.step
+        if not result.confusion.miou <= place.best_miou:
+            place.best_miou, place.best_step, place.scores = result.confusion.miou, place.step, result.to_json()
+            if fabric.is_global_zero:
+                save_bundle(self.out / "best.safetensors", model.state_dict(), self._card())
+                write_text(self.out / "evaluation.json", json.dumps(place.scores, indent=1))
+        log.validated(place.step, result)
+        return time.monotonic() - start
+
+    def _draw(self, index: int, predicted: np.ndarray) -> None:
+        """Image, truth and prediction side by side, as OUT/validation/<name>.jpg."""
+        example, colors = self.val_images[index], self.recipe.data.colors
+        image = example.image.numpy()
+        ignore = self.label_map.ignore
+        both = [overlay(image, labels, colors, ignore=ignore) for labels in (example.labels.numpy(), predicted)]
+        path = self.out / "validation" / f"{example.name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rgb(path, np.hstack([to_display(image), *both]))
+
+    def _card(self) -> Card:
+        data, spec, tile = self.recipe.data, self.recipe.model, self.recipe.predict
+        return Card(
+            perpixel=__version__,
+            model=spec.name,
+            encoder=spec.encoder,
+            options=spec.options.model_dump(exclude_none=True),
+            bands=data.bands,
+            dtype=data.dtype,
+            mean=data.mean,
+            std=data.std,
+            classes=data.classes,
+            colors=data.colors,
+            label_map=data.label_map,
+            tile=tile.tile,
+            overlap=tile.overlap,
+            val_fraction=data.val_fraction,
+            split_seed=data.split_seed,
+        )
+
+    def save(self) -> None:
+        """last.safetensors, a bundle, and resume.safetensors, all that a resumed run needs, each complete or not there."""
+        self.fabric.barrier()
+        start = time.monotonic()
+        if self.fabric.is_global_zero:
+            save_bundle(self.out / "last.safetensors", self.scored.state_dict(), self._card())
+            tensors = {f"model.{name}": tensor for name, tensor in self.bare.state_dict().items()}
+            if self.average is not None:
+                tensors |= {f"average.{name}": tensor for name, tensor in self.average.model.state_dict().items()}
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+            save_tensors(self.out / "resume.safetensors", tensors, {"format": str(STATE_FORMAT), "place": json.dumps(vars(self.place))})
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def restore(self) -> None:
+        """Takes up the state that `save` left; a run that was killed before its first checkpoint starts from the beginning."""
+        path = self.out / "resume.safetensors"
+        if not path.exists():
+            return
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != str(STATE_FORMAT):
+            raise ValueError(f"{path}: not the state of a run of this perpixel {__version__}. Train into another folder.")
+        place = Place(**json.loads(metadata["place"]))
+        if place.data != self.place.data:
+            raise ValueError(f"{self.out}: the images are not those that this run was started on. Train them into another folder.")
+        self.place = place
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.bare.load_state_dict(parts["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(parts["average"])
+        state: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:  # files hold plain layout; fused optimisers want the parameter's, channels last
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+class _Endless(Sampler[list[int]]):
+    """An iterator of batches as DataLoader wants it."""
+
+    def __init__(self, batches: Iterator[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches
+
+
+def _class_weights(kind: str, report: Check) -> Tensor | None:
+    """(K,) weights of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning."""
+    if kind == "none":
+        return None
+    pixels = report.pixels["train"]
+    weights, share = (
+        class_weights(kind, pixels, report.pixels_where_present["train"]),
+        torch.tensor(pixels, dtype=torch.float64) / sum(pixels),
+    )
+    return weights / float((weights * share).sum())
+
+
+def _every(stride: int, step: int) -> tuple[Any, ...]:
+    """Every `stride`-th pixel in both directions, from an origin that moves on with each step until all pixels had their turn."""
+    row, column = divmod(step % stride**2, stride)
+    return (..., slice(row, None, stride), slice(column, None, stride))
+
+
+def _gathered(fabric: Fabric, result: Evaluation) -> Evaluation:
+    """The shares of all processes as one evaluation."""
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(result.confusion.counts)
+        everyone: list[Any] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(everyone, (result.losses, result.damaged))
+        result.losses = {name: loss for losses, _ in everyone for name, loss in losses.items()}
+        result.damaged = {name: why for _, damaged in everyone for name, why in damaged.items()}
+    return result
+
+
+def _fingerprint(report: Check) -> str:
+    """Changes with the images' names and sizes, their parts, and what the masks hold."""
+    names = [f"{pair.image.name} {pair.split}" for pair in report.pairs]
+    return hashlib.sha256(repr((names, sorted(report.sizes.items()), report.pixels)).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
