@@ -86,9 +86,11 @@ def make_bundle(tmp_path):
         options = {"width": 2, **options}
         torch.manual_seed(0)
         network = build(model, classes, encoder=encoder, in_channels=bands, **options)
+        side = network.geometry.fit(64)
         with torch.no_grad():
-            for parameter in network.decoder.classify.parameters():
-                parameter.normal_()  # so that every class is predicted somewhere
+            network.decoder.classify.weight.normal_()
+            means = network.eval()(torch.randn(1, bands, side, side)).mean((0, 2, 3))
+            network.decoder.classify.bias -= means  # so that every class is predicted somewhere
         card = Card(
             perpixel="0.1.0", model=model, encoder=encoder, options=options, bands=bands, dtype=dtype,
             mean=[0.5] * bands, std=[0.25] * bands, classes=[f"class {k}" for k in range(classes)], colors=default_colors(classes),

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,15 @@ import tifffile
 from PIL import Image
 from rich.console import Console
 
-from perpixel.check import Check, check, render
+from perpixel.check import Check, _class_pixels, check, render
 from perpixel.check_report import bar
-from perpixel.data.images import read_image
-from perpixel.data.masks import IGNORE, read_mask
+from perpixel.data import survey
+from perpixel.data.duplicates import fingerprint
+from perpixel.data.evidence import tally
+from perpixel.data.images import Picture, read_image
+from perpixel.data.layouts import Pair
+from perpixel.data.masks import IGNORE, LabelMap, read_mask
+from perpixel.data.survey import Reading
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -237,6 +243,87 @@ def test_the_split_of_the_sound_does_not_move_when_one_file_breaks(tmp_path: Pat
     assert after == {name: split for name, split in before.items() if name != "3"}
 
 
+@pytest.mark.parametrize(("ignored", "masks"), [(slice(0, 4), "training"), (slice(4, 6), "validation")])
+def test_a_part_without_a_labelled_pixel_is_a_problem(tmp_path: Path, ignored: slice, masks: str) -> None:
+    stripes = [blocks(0, 1, 1, 2)] * 6
+    stripes[ignored] = [blocks(255)] * len(stripes[ignored])
+    root = make(tmp_path, stripes)
+    for classes in (None, "sky,sea,reeds"):
+        report = check(root, classes=classes, labels={255: IGNORE})
+        assert report.problems == [
+            f"no labelled pixel in the {masks} masks: every one is ignored. Give a value a class with --label VALUE=CLASS"
+        ]
+        printed(report)
+        json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_validation_files_that_are_all_damaged_are_a_problem(sound: Path) -> None:
+    for file in (sound / "images" / "val").iterdir():
+        file.write_bytes(b"")
+    assert "no usable pair for validation" in " ".join(check(sound).problems)
+
+
+def lists(root: Path, **lines: str) -> Path:
+    """Images 0.png to 5.png and their masks in one folder each, of which one has five bands; and the lists."""
+    make(root, [blocks(0, 1)] * 6, val=0)
+    (root / "images" / "train" / "5.png").unlink()
+    bands = np.random.default_rng(5).integers(0, 256, (24, 32, 5), dtype=np.uint8)
+    tifffile.imwrite(root / "images" / "train" / "5.tif", bands, photometric="minisblack", planarconfig="contig")
+    for split, names in lines.items():
+        (root / f"{split}.txt").write_text("\n".join(names.split()))
+    return root
+
+
+def test_a_line_listed_twice_is_taken_once_with_a_warning_also_beside_an_image_of_other_bands(tmp_path: Path) -> None:
+    report = check(lists(tmp_path, train="0 1 1 2 5", val="3 4"))
+    assert [pair.image.name for pair in report.split("train")] == ["0", "1", "2"]
+    assert "listed more than once and taken once: 1 of the pairs" in report.warnings
+    assert [Path(file).name for file in report.damaged] == ["5.tif"]
+
+
+def test_an_image_listed_in_two_parts_is_a_problem(tmp_path: Path) -> None:
+    report = check(lists(tmp_path, train="0 1 2", val="2 3 4"))
+    image = tmp_path / "images" / "train" / "2.png"
+    assert report.problems == [f"1 image in more than one part, first {image} in train and val. Keep each in one list only."]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "mask", "expected"),
+    [
+        (LabelMap({0: 0, 7: 1, 9: IGNORE}), np.array([0, 7, 9, 3], np.uint8), ([1, 1], 1)),
+        (LabelMap({0: 0, 7: 1, 9: IGNORE}), np.array([0, 7, 9, 3], np.uint16), ([1, 1], 1)),
+        (LabelMap({0: 0, 7: 1}), np.array([0, 7, -4, 7], np.int16), ([1, 2], 0)),
+        (LabelMap({0: 0, 7: 1}), np.array([0, 7, 9, 9], np.int32), ([0, 0], 0)),
+        (LabelMap({0: 0, 0xFF0000: 1}, rgb=True), np.array([0, 0xFF0000, 5, 0xFF0000], np.int32), ([1, 2], 0)),
+        (LabelMap({0: 0, 0x070707: 1}, rgb=True), np.array([0, 7, 7, 9], np.uint8), ([1, 2], 0)),
+        (LabelMap({0: 0, 0x070707: 1}, rgb=True), np.array([0, 7, -1, -1], np.int16), ([1, 1], 0)),
+        (LabelMap({0: 0, 100: 1}, nearest=True), np.array([3, 90, 110, 0], np.uint8), ([2, 2], 0)),
+    ],
+)
+def test_pixels_are_counted_by_value_and_values_that_the_map_lacks_are_left_out(
+    tmp_path: Path, label_map: LabelMap, mask: np.ndarray, expected: tuple[list[int], int]
+) -> None:
+    values, counts = tally(mask[None])
+    reading = Reading(
+        Pair(Picture(tmp_path), None), (1, 4), 1, "uint8", np.zeros(1), np.zeros(1), values, counts, fingerprint(mask[None, None])
+    )
+    pixels, ignored = _class_pixels(reading, label_map, 2)
+    assert (pixels.tolist(), ignored) == expected
+
+
+def test_warnings_come_in_one_order_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 6)
+    real = survey.survey
+
+    def noisy(*arguments: object) -> object:
+        for name in ("z.png", "a.png", "m.png", "a.png"):
+            warnings.warn(f"{name}: strange", stacklevel=1)
+        return real(*arguments)
+
+    monkeypatch.setitem(check.__globals__, "survey", noisy)
+    assert [line for line in check(root).warnings if "strange" in line] == [f"{name}.png: strange" for name in "amz"]
+
+
 def test_progress_counts_every_pair(sound: Path) -> None:
     seen: list[tuple[int, int]] = []
     check(sound, progress=lambda done, of, name: seen.append((done, of)))
@@ -247,7 +334,8 @@ def test_json_is_plain_complete_and_the_same_twice(sound: Path) -> None:
     one, two = (json.dumps(check(sound).to_json(), allow_nan=False) for _ in range(2))
     assert one == two
     found = json.loads(one)
-    assert found["ready"] is True
+    assert list(found)[:2] == ["format", "ready"]
+    assert (found["format"], found["ready"]) == (1, True)
     assert found["splits"] == {"train": 4, "val": 2}
     assert found["images"]["sizes"] == [{"height": 24, "width": 32, "images": 6}]
     assert [entry["pixels"] for entry in found["classes"]] == [
@@ -284,7 +372,6 @@ def test_a_bar_is_as_long_as_its_share(share: float, expected: str) -> None:
     [
         (["msrc21"], 335, 21, True),
         (["isbi2012/train-volume.tif", "isbi2012/train-labels.tif"], 30, 2, False),
-        (["crf_examples"], 3, 4, False),
     ],
 )
 def test_real_sets_are_ready_with_nothing_configured(paths: list[str], pairs: int, classes: int, ignored: bool) -> None:

@@ -27,7 +27,8 @@ ARROWS = {
     "evaluate": {"bundle", "data", "losses", "metrics", "models", "tiling"},
     "predict": {"bundle", "data", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
-    "train": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "plan", "progress", "recipe"},
+    "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
+    "train": {"check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
     "cli": {"check", "data", "demo", "evaluate", "models", "predict", "train"},
 }

@@ -1,24 +1,26 @@
 """What is in these folders? Finds the pairs, reads every file once, proposes classes and label map, and names what is damaged."""
 
 import warnings as python_warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perpixel.check_report import render
+from perpixel.data.class_names import ClassList, read_classes
 from perpixel.data.duplicates import find_duplicates
 from perpixel.data.images import Picture, default_colors
-from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, read_classes, split_pairs
+from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, split_pairs
 from perpixel.data.masks import LabelMap
-from perpixel.data.proposals import Proposal
+from perpixel.data.proposals import Proposal, propose_label_map
 from perpixel.data.survey import FULL, Fault, Reading, common_form, pooled_moments, survey
 
 __all__ = ["Check", "Progress", "check", "render"]
 Progress = Callable[[int, int, str], None]  # files done, files in all, name of the file just read
+FORMAT = 1  # of the JSON; a key that goes or changes its meaning makes it 2
 MISMATCH_LIMIT = 0.1  # of the pairs; more sizes that differ are no accident but the wrong masks
 
 
@@ -64,6 +66,7 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types under stable names; lists and numbers are complete, nothing is shortened as it is for people."""
         return {
+            "format": FORMAT,
             "ready": self.ready,
             "problems": self.problems,
             "warnings": self.warnings,
@@ -129,7 +132,7 @@ def check(
     """
     layout = find_layout(images, masks)
     source = classes or layout.classes_file
-    names, colors = read_classes(source) if isinstance(source, str | Path) else (source, None)
+    known = read_classes(source) if isinstance(source, str | Path) else ClassList(list(source or ()))
     labelled = [pair for pair in split_pairs(layout.pairs, val_fraction, seed) if pair.mask is not None]
     report = Check(
         layout.kind,
@@ -137,11 +140,12 @@ def check(
         orphan_masks=list(layout.orphan_masks),
         damaged=dict(layout.damaged),
         warnings=list(layout.notes),
+        problems=_in_two_parts(layout),
     )
     with python_warnings.catch_warnings(record=True) as caught:
         python_warnings.simplefilter("always")
         readings, faults, counter = survey(labelled, progress)
-    report.warnings += dict.fromkeys(str(warning.message) for warning in caught)
+    report.warnings += sorted({str(warning.message) for warning in caught})  # threads give them in any order
     _note_faults(report, faults, len(labelled))
     readings = _of_one_form(report, readings)
     readings = _with_both_parts(readings, layout, val_fraction, seed)
@@ -150,15 +154,16 @@ def check(
         report.problems.append(_no_training_pair(report, layout))
     if readings:
         if label_map is None:
-            proposal = counter.propose(names=names, colors=colors, overrides=labels)
+            proposal = propose_label_map(counter.evidence(), known.names, known.colors, labels, known.values)
         else:
-            proposal = _stated(label_map, names or (), readings)
+            proposal = _stated(label_map, known.names, readings)
         report.label_map, report.encoding = proposal.label_map, proposal.encoding
         report.reasons = list(proposal.reasons)
         report.problems += proposal.problems
         report.classes = list(proposal.names)
         report.colors = list(proposal.colors or default_colors(len(proposal.names)))
         _count_classes(report, readings)
+        report.problems += _without_labels(report)
         _describe_images(report, readings)
         _compare_parts(report, readings)
     _warn(report)
@@ -179,6 +184,19 @@ def _stated(label_map: LabelMap, names: Sequence[str], readings: Sequence[Readin
 # ---- what can be used
 
 
+def _in_two_parts(layout: Layout) -> list[str]:
+    """A problem where lists put an image in two parts: its score would be memory, not skill."""
+    parts: dict[Picture, set[str]] = defaultdict(set)
+    for pair in layout.pairs:
+        if pair.split is not None:
+            parts[pair.image].add(pair.split)
+    twice = [picture for picture, splits in parts.items() if len(splits) > 1]
+    if not twice:
+        return []
+    named = " and ".join(split for split in SPLITS if split in parts[twice[0]])
+    return [f"{_count(len(twice), 'image')} in more than one part, first {twice[0]} in {named}. Keep each in one list only."]
+
+
 def _note_faults(report: Check, faults: Sequence[Fault], total: int) -> None:
     """Damaged files, and pairs whose sizes differ: a few are left out, many are a problem."""
     for fault in faults:
@@ -195,8 +213,9 @@ def _of_one_form(report: Check, readings: list[Reading]) -> list[Reading]:
         return []
     report.bands, report.dtype = common_form(readings)
     report.scale = FULL[report.dtype]
-    usable = [reading for reading in readings if reading.bands in (report.bands, 1 if report.bands == 3 else report.bands)]
-    odd = [reading for reading in readings if reading not in usable]
+    legal = {report.bands, 1} if report.bands == 3 else {report.bands}
+    usable = [reading for reading in readings if reading.bands in legal]
+    odd = [reading for reading in readings if reading.bands not in legal]
     for reading in odd:
         report.damaged[str(reading.pair.image)] = (
             f"{reading.pair.image}: has {reading.bands} bands, most others have {report.bands}. "
@@ -221,11 +240,7 @@ def _with_both_parts(readings: list[Reading], layout: Layout, val_fraction: floa
         return readings
     sound = {reading.pair.image: reading for reading in readings}
     pairs = [Pair(pair.image, pair.mask, "test" if pair.split == "test" else None) for pair in (r.pair for r in sound.values())]
-    return [_as(sound[pair.image], pair) for pair in split_pairs(pairs, val_fraction, seed)]
-
-
-def _as(reading: Reading, pair: Pair) -> Reading:
-    return Reading(**{**reading.__dict__, "pair": pair})
+    return [replace(sound[pair.image], pair=pair) for pair in split_pairs(pairs, val_fraction, seed)]
 
 
 def _no_training_pair(report: Check, layout: Layout) -> str:
@@ -263,22 +278,28 @@ def _count_classes(report: Check, readings: Sequence[Reading]) -> None:
 def _class_pixels(reading: Reading, label_map: LabelMap, count: int) -> tuple[np.ndarray, int]:
     """(K,) pixels of each class in one mask, and the ignored ones; values that the map lacks count as neither (they are a problem)."""
     values, counts = reading.values, reading.counts
-    try:
-        labels = label_map(values[None], str(reading.pair.mask))[0]
-    except ValueError:
-        known = np.array([_is_known(value, label_map) for value in values], dtype=bool)
+    colored = values.dtype == np.int32
+    if colored and not label_map.rgb:
+        return np.zeros(count, dtype=np.int64), 0
+    if not label_map.nearest:
+        grey_in_colors = label_map.rgb and not colored  # counts as the colours (v, v, v)
+        as_listed = values.astype(np.int64) * 0x010101 if grey_in_colors else values
+        known = np.isin(as_listed, list(label_map.values))
         values, counts = values[known], counts[known]
-        labels = label_map(values[None], str(reading.pair.mask))[0]
+    labels = label_map(values[None])[0]
     kept = labels < count
     return np.bincount(labels[kept], weights=counts[kept], minlength=count).astype(np.int64), int(counts[labels == label_map.ignore].sum())
 
 
-def _is_known(value: np.generic, label_map: LabelMap) -> bool:
-    try:
-        label_map(np.array([[value]]))
-    except ValueError:
-        return False
-    return True
+def _without_labels(report: Check) -> list[str]:
+    """A problem for a part that has nothing to learn from, or nothing to score; where there are no classes at all, that is said already."""
+    problems = []
+    for split, masks in (("train", "training"), ("val", "validation")):
+        if report.classes and split in report.pixels and not any(report.pixels[split]):
+            problems.append(f"no labelled pixel in the {masks} masks: every one is ignored. Give a value a class with --label VALUE=CLASS")
+    if report.split("train") and not report.split("val"):
+        problems.append("no usable pair for validation, so nothing can be scored. Mend its files, or name other images in val.txt.")
+    return problems
 
 
 def _describe_images(report: Check, readings: Sequence[Reading]) -> None:

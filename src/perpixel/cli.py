@@ -36,16 +36,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 @app.command()
 def check(images: Images, masks: Masks = None, classes: Classes = None, label: Labels = None, json: Json = False) -> None:
     """Diagnose images and masks before training. Exit code 0 where training can start, 2 where it cannot."""
+    from perpixel.check import Check, render
     from perpixel.check import check as run
-    from perpixel.check import render
 
-    console = Console()
-    with _live(json, "reading") as progress:
-        report = run(images, masks, classes=classes, labels=_labels(label), progress=progress)
+    try:
+        with _live(json, "reading") as progress:
+            report = run(images, masks, classes=classes, labels=_labels(label), progress=progress)
+    except (ValueError, OSError) as error:
+        if json:  # a program reads the same keys whatever is wrong; people read what `main` prints
+            _print_json(Check("none", problems=[str(error)]).to_json())
+        raise
     if json:
         _print_json(report.to_json())
     else:
-        render(report, console)
+        render(report, Console())
     if not report.ready:
         raise typer.Exit(2)
 

@@ -26,7 +26,7 @@ def demo(out: Path, minutes: float, console: Console) -> Evaluation:
     data, run, labels = out / "samples", out / "run", out / "labels"
     console.rule("1 of 5  sample set")
     console.print("sky, water and reeds; a bird and a fish of the same colour differ only by where they are")
-    write_samples(data)
+    write_samples(data, train=96, val=24, height=96, width=128)  # small scenes: many updates in little time
     console.rule("2 of 5  perpixel check")
     render_check(check(data / "images", data / "masks"), console)
     console.rule("3 of 5  perpixel train")

@@ -251,9 +251,10 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
     sgd = _given(choices.given, "train.optimizer") == "sgd"
-    choices.take("train.lr", 0.01 if sgd else 2e-3, "SGD with momentum" if sgd else "AdamW, with a cosine to zero")
+    rate = 0.01 if sgd or pretrained else 0.02
+    choices.take("train.lr", rate, "SGD with momentum" if sgd else "AdamW with a cosine to zero; short runs need a high rate")
     choices.take("train.warmup", 0.04, "settles batch norm and the new layers")
-    scale = 0.3 if pretrained else 1.0
+    scale = 0.05 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]

@@ -168,5 +168,8 @@ def _refuse_collisions(pictures: Sequence[Picture], out: Path) -> None:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
+    """A .npy file. Not by `np.save`, which does not say why a write fell short, so that a full disk could not be told."""
+    array = np.ascontiguousarray(array)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)

@@ -1,6 +1,7 @@
 """A validation image that is a training image in other clothes is found; different pictures are not."""
 
 import io
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from perpixel.data.duplicates import BLOCK, Fingerprint, _hamming, find_duplicates, fingerprint
+from perpixel.data import duplicates
+from perpixel.data.duplicates import Fingerprint, _hamming, find_duplicates, fingerprint
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -64,13 +66,37 @@ def test_the_fast_distance_equals_counting_bits() -> None:
     np.testing.assert_array_equal(_hamming(one, two), (one[:, None] != two[None]).sum(axis=-1))
 
 
-def test_copies_beyond_the_first_block_are_found() -> None:
-    rng = np.random.default_rng(0)
-    small = rng.normal(size=(BLOCK + 5, 256)).astype(np.float32)
-    small /= np.linalg.norm(small, axis=1, keepdims=True)
-    train = [Fingerprint(bytes([i % 256, i // 256]), rng.random(64) < 0.5, small[i]) for i in range(BLOCK + 5)]
-    copy = Fingerprint(b"other", train[BLOCK + 3].bits.copy(), train[BLOCK + 3].small)
-    assert find_duplicates(train, [copy]) == [("near", BLOCK + 3, 0)]
+def prints(count: int, seed: int, clusters: int = 5) -> list[Fingerprint]:
+    """Frames of a few drives: many are near each other, so nearly every pair is a candidate."""
+    rng = np.random.default_rng(seed)
+    scenes = np.random.default_rng(0).normal(size=(clusters, 256))
+    small = scenes[rng.integers(clusters, size=count)] + 0.1 * rng.normal(size=(count, 256))
+    small = (small / np.linalg.norm(small, axis=1, keepdims=True)).astype(np.float32)
+    return [Fingerprint(bytes([seed, i % 256, i // 256]), np.arange(64) < rng.integers(12), small[i]) for i in range(count)]
+
+
+@pytest.mark.parametrize("cells", [1, 100, 2**22])
+def test_the_closest_is_found_as_by_comparing_one_by_one_whatever_the_block(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(duplicates, "CELLS", cells)
+    train, val = prints(60, 1), prints(25, 2)
+    expected = []
+    for j, one in enumerate(val):
+        alike = [(float(o.small @ one.small), -i) for i, o in enumerate(train) if (o.bits != one.bits).sum() <= 8]
+        best = max((a for a in alike if a[0] > 0.98), default=None)
+        if best:
+            expected.append(("near", -best[1], j))
+    assert len(expected) > 5
+    assert find_duplicates(train, val) == expected
+
+
+def test_memory_is_that_of_the_prints_and_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "CELLS", 2**18)
+    train, val = prints(1500, 1), prints(1500, 2)
+    tracemalloc.start()
+    find_duplicates(train, val)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1500 * (256 + 64 + 64) * 4 + 4 * 4 * 2**18 + 2**20  # 1500 x 1500 float32 alone are 9 MB
 
 
 def test_both_signs_are_needed_for_near() -> None:

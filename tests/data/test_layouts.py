@@ -9,7 +9,8 @@ import tifffile
 from PIL import Image
 
 from perpixel.data.images import Picture
-from perpixel.data.layouts import Layout, Pair, find_layout, read_classes, split_pairs
+from perpixel.data.layouts import Layout, Pair, _roles_by_name, find_layout, split_pairs
+from perpixel.data.pairing import File
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -97,6 +98,95 @@ def test_a_mask_in_one_folder_whose_image_is_missing_is_an_orphan_not_an_image(t
     assert [p.path.name for p in found.orphan_masks] == ["y_mask.png"]
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["images/day/1.jpg", "images/night/1.jpg", "masks/dusk_night/1.png", "masks/z_day/1.png"], ["2 masks", "dusk_night/1", "z_day/1"]),
+        (["raw/a.jpg", "overlay/a.png", "masks/a.png"], ["2 images", "raw/a.jpg", "overlay/a.png", "folder of masks as two arguments"]),
+        (["images/a.jpg", "masks/road/a.png", "masks/water/a.png"], ["2 masks", "masks/road/a.png", "masks/water/a.png"]),
+        (["a.jpg", "a_mask.png", "a_gt.png"], ["2 masks", "a_mask.png", "a_gt.png"]),
+        (["images/a.jpg", "images/a.png", "masks/a.png"], ["2 images", "images/a.jpg", "images/a.png"]),
+        (["images/train/a.jpg", "images/val/a.jpg", "masks/a.png"], ["2 images", "train/a.jpg", "val/a.jpg"]),
+    ],
+)
+def test_what_fits_several_files_is_refused_and_they_are_named(tmp_path: Path, files: list[str], said: list[str]) -> None:
+    touch(tmp_path, *files)
+    with pytest.raises(ValueError, match="fit it by name") as refused:
+        find_layout(tmp_path)
+    assert [words for words in said if words not in str(refused.value)] == []
+
+
+def test_equal_names_in_equal_folders_are_no_rivals(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{kind}/{place}/1.png" for kind in ("images", "masks") for place in ("day", "night")), "overlay/day/1.png")
+    pairs = {(image, mask) for image, mask, _ in relative(find_layout(tmp_path), tmp_path) if mask}
+    assert pairs == {("images/day/1.png", "masks/day/1.png"), ("images/night/1.png", "masks/night/1.png")}
+
+
+def test_a_numbered_mask_beside_another_is_an_orphan_and_a_numbered_photograph_is_not(tmp_path: Path) -> None:
+    """BUSI: `benign (4)_mask_1.png` is a second lesion of `benign (4).png`."""
+    touch(tmp_path, "b (4).png", "b (4)_mask.png", "b (4)_mask_1.png", "b (4)_1.png", "b (5)_mask_1.png")
+    found = find_layout(tmp_path)
+    assert relative(found, tmp_path) >= {("b (4).png", "b (4)_mask.png", None), ("b (4)_1.png", None, None)}
+    assert [picture.path.name for picture in found.orphan_masks] == ["b (4)_mask_1.png"]
+    assert "b (4)_mask_1.png" in found.notes[0]
+
+
+def test_a_list_tells_equal_names_in_two_folders_apart(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{kind}/{place}/1.png" for kind in ("images", "masks") for place in ("s1", "s2")))
+    expected = {("images/s1/1.png", "masks/s1/1.png", "train"), ("images/s2/1.png", "masks/s2/1.png", "val")}
+    for start, end in (("", ".png"), ("", ""), ("images/", ".png"), ("/elsewhere/images/", ".jpg"), ("images\\", ".png")):
+        (tmp_path / "train.txt").write_text(f"{start}s1/1{end}\n")
+        (tmp_path / "val.txt").write_text(f"{start}s2/1{end}\n")
+        assert relative(find_layout(tmp_path), tmp_path) == expected
+    (tmp_path / "val.txt").write_text("1.png\n")
+    with pytest.raises(ValueError, match=r"val.txt, line 1: '1.png' fits 2 images: .*s1/1.png, .*s2/1.png. .*such as images/s1/1.png"):
+        find_layout(tmp_path)
+
+
+@pytest.mark.parametrize("lines", ["a.jpg a.png\na.jpg a.png\nb.jpg b.png\n", "a\nb\na.jpg\n"])
+def test_a_line_that_is_repeated_counts_once_and_is_told(tmp_path: Path, lines: str) -> None:
+    touch(tmp_path, "a.jpg", "a.png", "b.jpg", "b.png")
+    (tmp_path / "train.txt").write_text(lines)
+    found = find_layout(tmp_path)
+    assert [pair.image.name for pair in found.pairs] == ["a", "b"]
+    assert found.notes == ("listed more than once and taken once: 1 of the pairs",)
+
+
+@pytest.mark.parametrize("name", ["set.txt", "set.lst", "set.csv", "set.TSV"])
+def test_a_list_may_end_otherwise_than_in_txt(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "im/a.jpg", "an/a.png")
+    (tmp_path / name).write_text("im/a.jpg,an/a.png\n" if "csv" in name else "im/a.jpg\tan/a.png\n")
+    assert relative(find_layout(tmp_path / name), tmp_path) == {("im/a.jpg", "an/a.png", None)}
+    with pytest.raises(ValueError, match="leave the second path"):
+        find_layout(tmp_path / name, tmp_path / "an")
+
+
+def test_a_file_that_is_neither_picture_nor_list_is_refused_with_both_named(tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"set.json: by its name neither a picture .*\.png.* nor a list .*\.txt"):
+        find_layout(tmp_path / "set.json")
+
+
+def test_lists_ending_in_lst_divide_a_folder_and_tables_do_not(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "masks/a.png", "images/b.jpg", "masks/b.png")
+    (tmp_path / "train.csv").write_text("id,diagnosis\n7,none\n")
+    assert find_layout(tmp_path).kind == "images and masks folders"
+    (tmp_path / "train.lst").write_text("images/a.jpg\tmasks/a.png\n")
+    (tmp_path / "val.lst").write_text("images/b.jpg\tmasks/b.png\n")
+    assert {split for *_, split in relative(find_layout(tmp_path), tmp_path)} == {"train", "val"}
+
+
+def test_a_large_flat_folder_is_sorted_into_roles_without_comparing_all_with_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are compared by suffix: the number of `==` between files must not grow with the square of their number."""
+    files = [File(tmp_path / f"{i}.{kind}") for i in range(1000) for kind in ("jpg", "png")]
+    compared = []
+    real = File.__eq__
+    monkeypatch.setattr(File, "__eq__", lambda one, two: compared.append(1) or real(one, two))
+    images, masks = _roles_by_name(files)
+    assert (len(images), len(masks)) == (1000, 1000)
+    assert len(compared) < 10 * len(files)
+
+
 @pytest.mark.parametrize("line", ["{i} {m}", "{i}\t{m}", "{i},{m}", "/SegNet/CamVid/{i} /SegNet/CamVid/{m}"])
 def test_list_files_name_image_and_mask_even_from_another_machine(tmp_path: Path, line: str) -> None:
     touch(tmp_path, "im/a.jpg", "an/a.png", "im/b.jpg", "an/b.png")
@@ -142,7 +232,7 @@ def test_pascal_voc_with_its_lists(tmp_path: Path, root: str) -> None:
     found = find_layout(tmp_path)
     pairs = {(Path(image).name, mask and Path(mask).name, split) for image, mask, split in relative(found, tmp_path)}
     assert pairs == {("a.jpg", "a.png", "train"), ("b.jpg", "b.png", "val"), ("unlabelled.jpg", None, None)}
-    assert (found.kind, list(found.damaged)) == ("Pascal VOC", ["missing"])
+    assert (found.kind, list(found.damaged)) == ("Pascal VOC", [str(tmp_path / root / "JPEGImages" / "missing")])
 
 
 def test_stacks_are_paired_page_against_page_and_split_at_their_end(tmp_path: Path) -> None:
@@ -255,50 +345,6 @@ def test_given_splits_stay() -> None:
 def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="more than 0 and less than 1"):
         split_pairs(pairs_of(3), fraction)
-
-
-# ---- class names
-
-
-@pytest.mark.parametrize(
-    ("text", "names", "colors"),
-    [
-        ("sky\nroad marking\n", ["sky", "road marking"], None),
-        ("\ufeffsky\r\n\r\n# comment\r\nroad\r\n", ["sky", "road"], None),
-        ("name,r,g,b\nsky,1,2,3\nroad,4,5,6\n", ["sky", "road"], [(1, 2, 3), (4, 5, 6)]),
-        ("1 2 3 sky\n4 5 6\troad marking\n", ["sky", "road marking"], [(1, 2, 3), (4, 5, 6)]),
-        ("# label:color_rgb:parts:actions\nsky:1,2,3::\nroad:4,5,6::\n", ["sky", "road"], [(1, 2, 3), (4, 5, 6)]),
-        ("0: sky\n1: road\n", ["sky", "road"], None),
-        ("1 sky\n2 road\n", ["sky", "road"], None),
-        ("area 51\narea 52\n", ["area 51", "area 52"], None),
-    ],
-)
-def test_class_files_as_people_write_them(tmp_path: Path, text: str, names: list[str], colors: list[tuple[int, int, int]] | None) -> None:
-    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
-    assert read_classes(tmp_path / "classes.txt") == (names, colors)
-    touch(tmp_path, "images/a.jpg", "masks/a.png")
-    for paths in ((tmp_path,), (tmp_path / "images", tmp_path / "masks")):
-        assert find_layout(*paths).classes_file == tmp_path / "classes.txt"
-
-
-def test_names_on_the_command_line_and_every_mistake_in_them(tmp_path: Path) -> None:
-    assert read_classes("sky, water,reeds") == (["sky", "water", "reeds"], None)
-    cases = {
-        "sky,sky": "'sky' comes twice",
-        "sky,": "at least two",
-        "clases.txt": "no file 'clases.txt'",
-    }
-    for spec, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            read_classes(spec)
-    broken = {"sky,1,2,3\nroad,4,5,6\nsea\n": "'sea' has no colour", "sky,1,2,3\nroad,4,5,256\n": "above 255", "": "0 classes"}
-    for text, message in broken.items():
-        (tmp_path / "classes.csv").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_classes(tmp_path / "classes.csv")
-    (tmp_path / "classes.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="UTF-8"):
-        read_classes(tmp_path / "classes.csv")
 
 
 # ---- real sets

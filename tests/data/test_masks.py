@@ -9,8 +9,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from perpixel.data.images import Picture, expand, find_pictures
-from perpixel.data.masks import IGNORE, LabelMap, parse_label, read_mask, read_palette
+from perpixel.data.images import Picture, expand, find_pictures, read_image
+from perpixel.data.masks import IGNORE, ColorValue, LabelMap, parse_label, read_mask, read_palette
 
 RNG = np.random.default_rng(0)
 VALUES = RNG.integers(0, 4, (9, 14), dtype=np.uint8)
@@ -96,6 +96,13 @@ def test_grey_stored_as_rgb_gives_the_grey_value(tmp_path):
     mask = read_mask(tmp_path / "a.png")
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, VALUES)
+
+
+def test_masks_whose_0_is_white_are_not_inverted(tmp_path):
+    """MINISWHITE is about brightness (TIFF 6.0, section 4); a class number has none."""
+    tifffile.imwrite(tmp_path / "a.tif", VALUES, photometric="miniswhite")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), VALUES)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[0], 255 - VALUES)
 
 
 def test_what_is_no_mask_is_refused_by_name(tmp_path):
@@ -207,6 +214,8 @@ def test_label_options_are_read_as_people_write_them():
     assert parse_label(" 255 = ignore ") == (255, IGNORE)
     assert parse_label("-1=ignore") == (-1, IGNORE)
     assert parse_label("#E0e0C0=3") == (0xE0E0C0, 3)
+    assert isinstance(parse_label("#0000ff=1")[0], ColorValue)
+    assert not isinstance(parse_label("255=1")[0], ColorValue)
     for text in ("255", "255=", "=1", "255=cow", "#e0e0=1", "255=-1", "1=2=3"):
         with pytest.raises(ValueError, match="legal is VALUE=CLASS or VALUE=ignore"):
             parse_label(text)

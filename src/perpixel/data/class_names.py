@@ -1,15 +1,37 @@
 """Class names and colours, from a file or from the command line."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 Color = tuple[int, int, int]
 
-FILES = ("classes.txt", "classes.csv", "class_names.txt", "class_dict.csv", "label_colors.txt", "labelmap.txt", "names.txt", "labels.txt")
+FILES = (
+    "classes.txt",
+    "_classes.csv",
+    "classes.csv",
+    "class_names.txt",
+    "class_dict.csv",
+    "label_colors.txt",
+    "labelmap.txt",
+    "names.txt",
+    "labels.txt",
+)
 _MARK = r"[\s,;:]+"
 _NAME_FIRST = re.compile(rf"(.*?\D.*?){_MARK}(\d+){_MARK}(\d+){_MARK}(\d+)[\s,;:]*")
 _COLOR_FIRST = re.compile(rf"(\d+){_MARK}(\d+){_MARK}(\d+){_MARK}(.*)")
 _NUMBERED = re.compile(rf"(\d+){_MARK}(.*\D.*)")
+_IGNORED = {"ignore", "ignored", "void", "unlabelled", "unlabeled"}
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Classes in the order of their index."""
+
+    names: list[str]
+    colors: list[Color] | None = None
+    values: Mapping[int, int] = field(default_factory=dict)  # mask value (with `colors` r << 16 | g << 8 | b) -> class, or 255 to ignore
 
 
 def find_classes_file(images: Path, masks: Path | None) -> Path | None:
@@ -20,15 +42,17 @@ def find_classes_file(images: Path, masks: Path | None) -> Path | None:
     return next((folder / name for folder in folders for name in FILES if (folder / name).is_file()), None)
 
 
-def read_classes(spec: str | Path) -> tuple[list[str], list[Color] | None]:
-    """Names in the order of their class index, and their colours where every line has one.
+def read_classes(spec: str | Path) -> ClassList:
+    """Names in the order of their class index, their colours where every line has one, and what numbered lines say of mask values.
 
     Args:
         spec: a file with one class per line (`name`, or `name,r,g,b` or `r g b name`; commas, semicolons, colons, tabs or spaces;
-            a header, comments and leading numbers are understood), or the names themselves: `sky,water,reeds`.
+            a header and comments are understood; `3: name` binds the name to the mask value 3; `__ignore__` and `void` are ignored),
+            or the names themselves: `sky,water,reeds`.
 
     Raises:
-        ValueError: naming the file, if it can't be read, a name comes twice, there are fewer than two, or only some lines have a colour.
+        ValueError: naming the file, if it can't be read, a name or number comes twice, there are fewer than two names, or only some
+            lines have a colour or number.
     """
     if _is_file(spec):
         return _read_file(Path(spec))
@@ -38,7 +62,7 @@ def read_classes(spec: str | Path) -> tuple[list[str], list[Color] | None]:
             f"classes: there is no file {text!r}. Give a file with one class per line, or the names with commas: sky,water,reeds."
         )
     names = [name.strip() for name in text.split(",") if name.strip()]
-    return _checked(names, "classes"), None
+    return ClassList(_checked(names, "classes"))
 
 
 def _is_file(spec: str | Path) -> bool:
@@ -48,7 +72,7 @@ def _is_file(spec: str | Path) -> bool:
         return False
 
 
-def _read_file(path: Path) -> tuple[list[str], list[Color] | None]:
+def _read_file(path: Path) -> ClassList:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +89,16 @@ def _read_file(path: Path) -> tuple[list[str], list[Color] | None]:
         raise ValueError(f"{path}: class {bare!r} has no colour, but others have. Write `name,r,g,b` on every line, or names only.")
     if any(value > 255 for color in colors for value in color):
         raise ValueError(f"{path}: a colour has a value above 255. Colours are `name,r,g,b` with 0..255 each.")
-    return _checked(_unnumbered(names), str(path)), colors or None
+    if colors:
+        void = [i for i, name in enumerate(names) if _means_ignore(name)]
+        values = {r << 16 | g << 8 | b: 255 for r, g, b in (colors[i] for i in void)}
+        kept = [i for i in range(len(names)) if i not in void]
+        return ClassList(_checked([names[i] for i in kept], str(path)), [colors[i] for i in kept], values)
+    return _numbered(names, str(path))
+
+
+def _means_ignore(name: str) -> bool:
+    return name.strip(" _").lower() in _IGNORED
 
 
 def _row(line: str) -> tuple[str, Color | None]:
@@ -78,14 +111,27 @@ def _row(line: str) -> tuple[str, Color | None]:
     return name.strip(" ,;:\t"), (int(r), int(g), int(b))
 
 
-def _unnumbered(names: list[str]) -> list[str]:
-    """Names without their numbers, where every one is numbered in order from 0 or 1: `0: sky`, `1: water`."""
-    found = [_NUMBERED.fullmatch(name) for name in names]
-    numbers = [int(match[1]) for match in found if match]
-    for first in (0, 1):
-        if names and numbers == list(range(first, first + len(names))):
-            return [match[2].strip() for match in found if match]
-    return names
+def _numbered(lines: list[str], source: str) -> ClassList:
+    """Names bound to the mask values they are numbered with: `0: sky`, `1: water`, in any order and with gaps."""
+    found = [_NUMBERED.fullmatch(line) for line in lines]
+    if len(found) > 2 and found[0] is None and all(found[1:]):  # a header, such as `Pixel Value, Class`
+        found = found[1:]
+    numbered = {int(match[1]): match[2].strip() for match in found if match}
+    if not numbered:
+        first = -1 if lines and lines[0] == "__ignore__" else 0  # LabelMe: -1, stored as 255
+        numbered = dict(enumerate(lines, first))
+        if not any(map(_means_ignore, lines)):
+            return ClassList(_checked(lines, source))
+    elif not all(found) or len(numbered) < len(found):
+        bare = next((line for line, match in zip(lines[-len(found) :], found, strict=True) if match is None), None)
+        what = f"{bare!r} has no number, but others have" if bare else "a number comes twice"
+        raise ValueError(f"{source}: {what}. Write `number: name` on every line, each number once, or names only.")
+    names = [name for _, name in sorted(numbered.items()) if not _means_ignore(name)]
+    order = [value for value, name in sorted(numbered.items()) if not _means_ignore(name)]
+    ignored = {value: 255 for value, name in numbered.items() if _means_ignore(name)}
+    if -1 in ignored:
+        ignored[255] = 255
+    return ClassList(_checked(names, source), None, ignored | {value: i for i, value in enumerate(order)})
 
 
 def _checked(names: list[str], source: str) -> list[str]:

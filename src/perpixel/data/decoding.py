@@ -55,15 +55,17 @@ class Header:
     pages: int
 
 
-def decode(path: Path, page: int | None, limit: int) -> Stored:
+def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -> Stored:
     """The pixels of a file, or of one page of a stack.
+
+    With `as_numbers` a TIFF whose 0 is white (MINISWHITE) is not inverted: in a mask 0 is a class, not a brightness.
 
     Raises:
         PictureError: missing, forbidden, empty, not a picture, damaged, or more than `limit` pixels.
     """
     with _explained(path, page):
         if _is_tiff(path):
-            return _decode_tiff(path, page, limit)
+            return _decode_tiff(path, page, limit, as_numbers)
         _refuse_page(path, page)
         bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
@@ -322,7 +324,7 @@ def _tiff_orientation(page: tifffile.TiffPage) -> int:
     return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
 
 
-def _decode_tiff(path: Path, page: int | None, limit: int) -> Stored:
+def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> Stored:
     with tifffile.TiffFile(path) as tiff:
         found = _tiff_page(tiff, path, page)
         _refuse_bomb(path, found.imagelength, found.imagewidth, limit)
@@ -336,12 +338,12 @@ def _decode_tiff(path: Path, page: int | None, limit: int) -> Stored:
             if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
                 raise
             try:
-                return _tiff_by_pillow(path, found.index, limit)
+                return _uninverted(_tiff_by_pillow(path, found.index, limit), found, as_numbers)
             except OSError:
                 compression = getattr(found.compression, "name", found.compression)
                 way = "pip install 'perpixel[tiff]' adds it"
                 raise PictureError(f"{path}: its compression ({compression}) needs imagecodecs; {way}") from None
-        return _from_tiff(found, _by_bands(found, pixels, path))
+        return _from_tiff(found, _by_bands(found, pixels, path), as_numbers)
 
 
 def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -362,14 +364,14 @@ def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.nda
     return _native(pixels)
 
 
-def _from_tiff(page: tifffile.TiffPage, pixels: np.ndarray) -> Stored:
+def _from_tiff(page: tifffile.TiffPage, pixels: np.ndarray, as_numbers: bool) -> Stored:
     pixels = np.delete(pixels, _tiff_alpha(page), axis=0) if _tiff_alpha(page) else pixels
     if np.iscomplexobj(pixels):
         raise ValueError("complex numbers are no picture; write magnitude and phase as bands")
     bits = int(np.min(page.bitspersample))
     scale = {1: 255, 2: 85, 4: 17}.get(bits, 1)
     pixels = pixels.astype(np.uint8) if pixels.dtype == bool else pixels
-    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u" and not as_numbers:
         pixels = pixels.dtype.type(2**bits - 1) - pixels
     if page.photometric == tifffile.PHOTOMETRIC.SEPARATED and pixels.shape[0] >= 4:
         full = float(np.iinfo(pixels.dtype).max)
@@ -377,6 +379,14 @@ def _from_tiff(page: tifffile.TiffPage, pixels: np.ndarray) -> Stored:
         pixels = (light[:3] * light[3] * full).round().astype(pixels.dtype)
     palette = _tiff_palette(page)
     return Stored(pixels, palette, 1 if palette is not None else scale)
+
+
+def _uninverted(stored: Stored, page: tifffile.TiffPage, as_numbers: bool) -> Stored:
+    """Pillow inverts MINISWHITE of up to 8 bits as it reads."""
+    bits = int(np.min(page.bitspersample))
+    if not as_numbers or page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or bits > 8:
+        return stored
+    return Stored(stored.pixels.dtype.type(1 if bits == 1 else 255) - stored.pixels, stored.palette, stored.scale)
 
 
 def _tiff_by_pillow(path: Path, page: int, limit: int) -> Stored:

@@ -13,7 +13,7 @@ SIDE = 16  # pixels of the small grey picture that confirms a candidate
 # can be closer than that, and count as near duplicates with reason.
 NEAR_BITS = 8  # of 64 that may differ
 NEAR_CORRELATION = 0.98
-BLOCK = 4096  # rows compared at once: 4096 x 20,000 float32 is 330 MB at most
+CELLS = 2**22  # comparisons at once: three arrays of float32, so 48 MB
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,22 @@ def find_duplicates(train: Sequence[Fingerprint], val: Sequence[Fingerprint]) ->
     if train and near:
         theirs = np.stack([val[index].bits for index in near])
         small = np.stack([val[index].small for index in near])
-        best = np.full(len(near), NEAR_CORRELATION)
-        for start in range(0, len(train), BLOCK):
-            block = train[start : start + BLOCK]
-            distance = _hamming(np.stack([print_.bits for print_ in block]), theirs)
-            for row, column in np.argwhere(distance <= NEAR_BITS):
-                correlation = float(block[row].small @ small[column])
-                if correlation >= best[column]:
-                    best[column] = correlation
-                    found[near[column]] = ("near", start + int(row), near[column])
+        best = np.full(len(near), NEAR_CORRELATION, dtype=np.float32)
+        columns, rows = np.arange(len(near)), max(1, CELLS // len(near))
+        for start in range(0, len(train), rows):
+            block = train[start : start + rows]
+            alike = np.stack([print_.small for print_ in block]) @ small.T
+            alike[_hamming(np.stack([print_.bits for print_ in block]), theirs) > NEAR_BITS] = -1
+            closest = alike.argmax(axis=0)
+            highest = alike[closest, columns]
+            for column in np.flatnonzero(highest > best):
+                found[near[column]] = ("near", start + int(closest[column]), near[column])
+            best = np.maximum(best, highest)
     return [found[index] for index in sorted(found)]
 
 
 def _hamming(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """(N, 64) and (M, 64) bool -> (N, M) differing bits; as a product of signs, because a matrix product is the fastest loop there is."""
-    return (64 - (2 * one.astype(np.float32) - 1) @ (2 * two.astype(np.float32) - 1).T) / 2
+    differing = (2 * one.astype(np.float32) - 1) @ (2 * two.astype(np.float32) - 1).T
+    np.subtract(64, differing, out=differing)
+    return np.divide(differing, 2, out=differing)

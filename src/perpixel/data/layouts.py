@@ -8,21 +8,22 @@ a.jpg  a_mask.png                            one folder; also im1.png with anno1
 volume.tif  labels.tif                       stacks: page against page
 """
 
-import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from perpixel.data.class_names import find_classes_file, read_classes
+from perpixel.data.class_names import find_classes_file
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, expand
-from perpixel.data.names import Role, Split, has_mask_word, image_key, mask_key, meaning, plain_key
+from perpixel.data.names import Split, has_mask_word, unnumbered
+from perpixel.data.pairing import File, Matched, match, walk
 
-__all__ = ["Layout", "Pair", "Split", "find_layout", "read_classes", "split_pairs"]
+__all__ = ["Layout", "Pair", "Split", "find_layout", "split_pairs"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")  # of a list given by its name; in a folder, tables may be anything, so only:
+FOLDER_LIST_SUFFIXES = (".txt", ".lst")
 LISTS: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-DEPTH = 6  # folders below the one given: deep enough for city/sequence/camera, and an end where links go round in circles
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,15 @@ class Layout:
     notes: tuple[str, ...] = ()  # what else a person should know of the pairing
 
 
-@dataclass(frozen=True)
-class _File:
-    """A picture below the folder that was given; `place` holds the folders that say neither role nor split."""
-
-    path: Path
-    role: Role | None = None
-    split: Split | None = None
-    place: tuple[str, ...] = ()
-
-
 def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
     """The pairs in IMAGES, or in IMAGES and MASKS.
 
     Args:
-        images: a folder, a list file (.txt with `image mask` per line), a stack or one image.
+        images: a folder, a list file (.txt, .lst, .csv or .tsv with `image mask` per line), a stack or one image.
         masks: a folder, a stack or one mask; None where IMAGES holds both.
 
     Raises:
-        ValueError: if something is missing or unreadable, or no image has a mask; says what was looked for.
+        ValueError: if something is missing, unreadable or ambiguous, or no image has a mask; says what was looked for.
     """
     images, masks = Path(images), None if masks is None else Path(masks)
     for path in (images, masks):
@@ -77,6 +68,9 @@ def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
         raise ValueError(_nothing(images, masks, found))
     if labelled and all(pair.image.page is not None for pair in labelled):
         found = replace(found, kind="stacks" if found.kind in ("two files", "one folder", "two folders") else f"{found.kind}, stacks")
+    pairs = tuple(dict.fromkeys(found.pairs))
+    if again := len(found.pairs) - len(pairs):
+        found = replace(found, pairs=pairs, notes=(*found.notes, f"listed more than once and taken once: {again} of the pairs"))
     return replace(found, classes_file=classes_file)
 
 
@@ -131,13 +125,13 @@ def _validation(pairs: Sequence[Pair], fraction: float, seed: int) -> set[Pair]:
 def _alone(images: Path) -> Layout:
     """IMAGES holds the masks too."""
     if images.is_file():
-        return _list_files({None: images}, images.parent) if images.suffix.lower() == ".txt" else _beside(images)
+        return _list_files({None: images}, images.parent) if _is_list(images) else _beside(images)
     for root in (images, *sorted(images.glob("*/")), *sorted(images.glob("*/*/"))):
         if (root / "JPEGImages").is_dir() and (root / "SegmentationClass").is_dir():
             return _pascal_voc(root)
     lists = _split_lists(images)
     if lists and (columns := _columns(lists.values())):
-        return _list_files(lists, images) if columns == 2 else _listed(_folder(images), lists, "list files")
+        return _list_files(lists, images) if columns == 2 else _listed(_folder(images), lists, "list files", images)
     return _folder(images)
 
 
@@ -145,67 +139,89 @@ def _two(images: Path, masks: Path) -> Layout:
     """Images here, masks there."""
     if images.absolute() == masks.absolute():
         return _alone(images)
-    if images.suffix.lower() == ".txt" and images.is_file():
+    if images.is_file() and _is_list(images):
         raise ValueError(f"{images}: a list names the masks itself, so leave the second path ({masks}) out.")
     if images.is_dir() != masks.is_dir():
         file, folder = (masks, images) if images.is_dir() else (images, masks)
         raise ValueError(f"{folder} is a folder and {file} is a file. Give two folders, or two files.")
     if images.is_file():
-        return _paired("two files", [(_File(images), _File(masks))], [])
-    below_masks = [found for found in _walk(masks) if not (images != masks and _inside(images, masks) and _inside(found.path, images))]
-    below_images = [found for found in _walk(images) if not (images != masks and _inside(masks, images) and _inside(found.path, masks))]
+        return _paired("two files", [(File(images), File(masks))], [])
+    below_masks = [found for found in walk(masks) if not (images != masks and _inside(images, masks) and _inside(found.path, images))]
+    below_images = [found for found in walk(images) if not (images != masks and _inside(masks, images) and _inside(found.path, masks))]
     if not below_images:
         raise ValueError(f"{images}: no images in this folder. Known kinds: {', '.join(sorted(IMAGE_SUFFIXES))}.")
     if not below_masks:
         raise ValueError(f"{masks}: no masks in this folder. Known kinds: {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    matched, orphans = _match(below_images, below_masks)
+    matched, orphans = match(below_images, below_masks)
     return _paired(_folder_kind(matched, "two folders"), matched, orphans)
 
 
 def _folder(root: Path) -> Layout:
     """One folder: roles by the names of its sub-folders, else by the names of its files."""
-    found = _walk(root)
+    found = walk(root)
     if not found:
         raise ValueError(f"{root}: no images in this folder. Known kinds: {', '.join(sorted(IMAGE_SUFFIXES))}.")
     masks = [file for file in found if file.role == "mask"]
     images = [file for file in found if file.role != "mask"]
     if masks and images:
-        matched, orphans = _match(images, masks)
+        matched, orphans = match(images, masks)
         return _paired(_folder_kind(matched, "images and masks folders"), matched, orphans)
     images, masks = _roles_by_name(found)
-    matched, orphans = _match(images, masks)
-    return _paired(_folder_kind(matched, "one folder"), matched, orphans)
+    matched, orphans = match(images, masks)
+    matched, further = _further_masks(matched)
+    layout = _paired(_folder_kind(matched, "one folder"), matched, orphans + further)
+    if not further:
+        return layout
+    names = ", ".join(file.path.name for file in further[:3]) + (", ..." if len(further) > 3 else "")
+    return replace(layout, notes=(f"{len(further)} further masks of images that have one are not used ({names}); merge them into one",))
 
 
 def _beside(image: Path) -> Layout:
     """One image file, whose mask lies beside it."""
+    if image.suffix.lower() not in IMAGE_SUFFIXES:
+        known = f"a picture ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a list of pictures ({', '.join(LIST_SUFFIXES)})"
+        raise ValueError(f"{image}: by its name neither {known}. Rename it, or give a folder. A list has `image mask` per line.")
     whole = _folder(image.parent)
     pairs = tuple(pair for pair in whole.pairs if pair.image.path == image)
     return Layout("image with its mask beside it", pairs, damaged={k: v for k, v in whole.damaged.items() if k == str(image)})
 
 
-def _roles_by_name(found: Sequence[_File]) -> tuple[list[_File], list[_File]]:
+def _roles_by_name(found: Sequence[File]) -> tuple[list[File], list[File]]:
     """Images and masks of files in one folder: `a_mask.png` is a mask where `a.jpg` is there, or where other masks are called so too."""
     suspects = [file for file in found if has_mask_word(file.path.stem)]
     others = [file for file in found if not has_mask_word(file.path.stem)]
-    if any(mask is not None for _, mask in _match(others, suspects)[0]):
+    if any(mask is not None for _, mask in match(others, suspects)[0]):
         return others, suspects
-    photographs = [file for file in found if file.path.suffix.lower() in (".jpg", ".jpeg")]
     drawings = [file for file in found if file.path.suffix.lower() in (".png", ".bmp", ".gif")]
-    if any(mask is not None for _, mask in _match(photographs, drawings)[0]):
-        rest = [file for file in found if file not in photographs and file not in drawings]
-        return photographs + rest, drawings
+    photographs = [file for file in found if file.path.suffix.lower() in (".jpg", ".jpeg")]
+    if any(mask is not None for _, mask in match(photographs, drawings)[0]):
+        return [file for file in found if file.path.suffix.lower() not in (".png", ".bmp", ".gif")], drawings
     return list(found), []
 
 
+def _further_masks(matched: Matched) -> tuple[Matched, list[File]]:
+    """`a_mask_1.png` beside `a_mask.png` (as in BUSI, one file for each lesion) is a mask without an image, not an image without a mask."""
+    masks = {(mask.path.parent, mask.path.stem) for _, mask in matched if mask is not None}
+
+    def is_further(file: File, mask: File | None) -> bool:
+        first = unnumbered(file.path.stem)
+        return mask is None and has_mask_word(first) and (file.path.parent, first) in masks
+
+    return [couple for couple in matched if not is_further(*couple)], [file for file, mask in matched if is_further(file, mask)]
+
+
 # ---- lists
+
+
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() in LIST_SUFFIXES
 
 
 def _split_lists(folder: Path) -> dict[Split | None, Path]:
     """The list file of each split that has one."""
     lists: dict[Split | None, Path] = {}
     for split, names in LISTS.items():
-        paths = [folder / f"{name}.txt" for name in names]
+        paths = [folder / f"{name}{suffix}" for suffix in FOLDER_LIST_SUFFIXES for name in names]
         if there := [path for path in paths if path.is_file()]:
             lists[split] = there[0]
     return lists
@@ -213,7 +229,7 @@ def _split_lists(folder: Path) -> dict[Split | None, Path]:
 
 def _columns(lists: Iterable[Path]) -> int:
     """2 where the lists name images and masks, 1 where they name images only, 0 where they are empty."""
-    return max((min(len(line.split()), 2) for path in lists for _, line in _lines(path)), default=0)
+    return max((min(len(line.replace(",", " ").split()), 2) for path in lists for _, line in _lines(path)), default=0)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -231,7 +247,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _list_files(lists: Mapping[Split | None, Path], root: Path) -> Layout:
     """Pairs named line by line."""
-    matched: list[tuple[_File, _File | None]] = []
+    matched: list[tuple[File, File | None]] = []
     damaged: dict[str, str] = {}
     for split, path in lists.items():
         for number, line in _lines(path):
@@ -245,7 +261,7 @@ def _list_files(lists: Mapping[Split | None, Path], root: Path) -> Layout:
                         f"named in {path.name}, line {number}, but there is no such file. Correct the path or remove the line."
                     )
             if there[0] is not None:
-                matched.append((_File(there[0], split=split), None if there[1] is None else _File(there[1])))
+                matched.append((File(there[0], split=split), None if there[1] is None else File(there[1])))
     found = _paired("list files" if len(lists) > 1 else "list file", matched, [])
     return replace(found, damaged={**damaged, **found.damaged}, classes_file=find_classes_file(root, None))
 
@@ -276,27 +292,38 @@ def _resolve(name: str, root: Path) -> Path | None:
 
 def _pascal_voc(root: Path) -> Layout:
     """JPEGImages, SegmentationClass, and the split in ImageSets/Segmentation where it is given."""
-    matched, orphans = _match(_walk(root / "JPEGImages"), _walk(root / "SegmentationClass"))
+    matched, orphans = match(walk(root / "JPEGImages"), walk(root / "SegmentationClass"))
     found = replace(_paired("Pascal VOC", matched, orphans), classes_file=find_classes_file(root, None))
     lists = _split_lists(root / "ImageSets" / "Segmentation")
-    return _listed(found, lists, "Pascal VOC") if lists else found
+    return _listed(found, lists, "Pascal VOC", root / "JPEGImages") if lists else found
 
 
-def _listed(found: Layout, lists: Mapping[Split | None, Path], kind: str) -> Layout:
-    """`found`, with splits from lists of image names; labelled images that no list names are left out, and said so."""
-    by_name: dict[str, list[Pair]] = defaultdict(list)
+def _listed(found: Layout, lists: Mapping[Split | None, Path], kind: str, root: Path) -> Layout:
+    """`found`, with splits from lists of image names; labelled images that no list names are left out, and said so.
+
+    Raises:
+        ValueError: if a name fits several images equally well.
+    """
+    by_path: dict[Path, list[Pair]] = defaultdict(list)  # several where the image is a stack
     for pair in found.pairs:
-        for name in {pair.image.path.stem, pair.image.path.name, pair.image.path.as_posix()}:
-            by_name[name].append(pair)
+        by_path[pair.image.path].append(pair)
+    by_tail: dict[str, list[Path]] = defaultdict(list)
+    for image in by_path:
+        for tail in _tails(image.relative_to(root)):
+            by_tail[tail].append(image)
     pairs, damaged, named = [], dict(found.damaged), set()
     for split, path in lists.items():
         for number, line in _lines(path):
-            there = by_name.get(line) or by_name.get(Path(line).name) or by_name.get(Path(line).stem)
+            there = next((by_tail[tail] for tail in _tails(Path(line.replace("\\", "/"))) if tail in by_tail), [])
+            if len(there) > 1:
+                names = ", ".join(map(str, there[:4])) + (", ..." if len(there) > 4 else "")
+                full = there[0].relative_to(root).as_posix()
+                raise ValueError(f"{path}, line {number}: {line!r} fits {len(there)} images: {names}. Write the path, such as {full}.")
             if not there:
-                damaged[line] = f"named in {path.name}, line {number}, but there is no such image. Add it or remove the line."
-                continue
-            pairs += [replace(pair, split=split) for pair in there]
-            named.update(there)
+                damaged[str(root / line)] = f"named in {path.name}, line {number}, but there is no such image. Add it or remove the line."
+            for image in there:
+                pairs += [replace(pair, split=split) for pair in by_path[image]]
+                named.update(by_path[image])
     left_out = sum(pair.mask is not None for pair in found.pairs if pair not in named)
     names = ", ".join(path.name for path in lists.values())
     notes = (*found.notes, f"{left_out} of the images with masks left out: in none of the lists ({names})") if left_out else found.notes
@@ -304,80 +331,19 @@ def _listed(found: Layout, lists: Mapping[Split | None, Path], kind: str) -> Lay
     return replace(found, kind=kind, pairs=tuple(pairs), damaged=damaged, notes=notes)
 
 
-# ---- files and their partners
+def _tails(path: Path) -> Iterator[str]:
+    """What a list may call an image: its path, the ends of it, and each without the suffix; the longest, and so the surest, first."""
+    for cut in range(len(path.parts)):
+        tail = Path(*path.parts[cut:])
+        yield tail.as_posix()
+        if tail.suffix.lower() in IMAGE_SUFFIXES:
+            yield tail.with_suffix("").as_posix()
 
 
-def _walk(root: Path, parts: tuple[str, ...] = ()) -> list[_File]:
-    """Every picture below a folder, sorted, with what the names of the folders on the way say; hidden files are left out."""
-    files: list[_File] = []
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ValueError(f"{root}: this folder can't be read ({error.strerror}). Check its permissions.") from error
-    for entry in entries:
-        if entry.name.startswith((".", "__MACOSX")):
-            continue
-        if entry.is_dir():
-            files += _walk(root / entry.name, (*parts, entry.name)) if len(parts) < DEPTH else []
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            files.append(_classified(root / entry.name, parts))
-    return files
+# ---- from files to pictures
 
 
-def _classified(path: Path, parts: tuple[str, ...]) -> _File:
-    """The role and split that the folders above a file give it."""
-    role: Role | None = None
-    split: Split | None = None
-    place: list[str] = []
-    for part in parts:
-        known = meaning(part)
-        if known is None:
-            place.append(part)
-        else:
-            split, role = known[0] or split, known[1] or role
-    return _File(path, role, split, tuple(place))
-
-
-Matched = list[tuple[_File, _File | None]]
-
-
-def _match(images: Sequence[_File], masks: Sequence[_File]) -> tuple[Matched, list[_File]]:
-    """Each image with its mask or None, in the order of the images; and the masks that are left."""
-    partner: dict[_File, _File] = {}
-    for places in (True, False):  # where sub-folders differ (annotations/trimaps/a.png), names alone must do
-        for of_image, of_mask in ((plain_key, plain_key), (plain_key, mask_key), (image_key, plain_key), (image_key, mask_key)):
-            _pass(images, masks, partner, of_image, of_mask, places)
-        if partner:
-            break
-    taken = set(partner.values())
-    return [(image, partner.get(image)) for image in images], [mask for mask in masks if mask not in taken]
-
-
-def _pass(
-    images: Sequence[_File],
-    masks: Sequence[_File],
-    partner: dict[_File, _File],
-    of_image: Callable[[str], str],
-    of_mask: Callable[[str], str],
-    places: bool,
-) -> None:
-    """Add to `partner` the free images and masks whose keys are equal; a split that only one of the two states is no obstacle."""
-    taken = set(partner.values())
-    shelf: dict[tuple[Split | None, tuple[str, ...], str], _File] = {}
-    for mask in masks:
-        if mask not in taken:
-            shelf.setdefault((mask.split, mask.place if places else (), of_mask(mask.path.stem)), mask)
-    for image in images:
-        if image in partner:
-            continue
-        for split in (image.split, *((None,) if image.split else SPLITS)):
-            mask_there = shelf.pop((split, image.place if places else (), of_image(image.path.stem)), None)
-            if mask_there is not None:
-                partner[image] = mask_there
-                break
-
-
-def _paired(kind: str, matched: Iterable[tuple[_File, _File | None]], orphans: Iterable[_File]) -> Layout:
+def _paired(kind: str, matched: Iterable[tuple[File, File | None]], orphans: Iterable[File]) -> Layout:
     """Files to pictures: stacks are opened, page against page."""
     pairs: list[Pair] = []
     damaged: dict[str, str] = {}

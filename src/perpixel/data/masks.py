@@ -30,7 +30,7 @@ def read_mask(picture: Picture | Path) -> np.ndarray:
         PictureError (a ValueError): as `read_image`, and if the file holds fractions or numbers beyond 16 bits.
     """
     picture = as_picture(picture)
-    stored = decode(picture.path, picture.page, pixel_limit()).pixels
+    stored = decode(picture.path, picture.page, pixel_limit(), as_numbers=True).pixels
     bands = stored.shape[0]
     if bands == 1:
         return _whole_numbers(stored[0], picture)
@@ -63,6 +63,10 @@ def read_palette(picture: Picture | Path) -> list[tuple[int, int, int]] | None:
     return None if palette is None else [(int(r), int(g), int(b)) for r, g, b in palette]
 
 
+class ColorValue(int):
+    """A mask value that was written as a colour, `#rrggbb`: '#0000ff' is not the number 255."""
+
+
 def parse_label(text: str) -> tuple[int, int]:
     """One `--label` option: `255=1`, `255=ignore`, or a colour, `#e0e0c0=ignore`.
 
@@ -76,7 +80,7 @@ def parse_label(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--label {text}: legal is VALUE=CLASS or VALUE=ignore, such as 255=1, 255=ignore or '#e0e0c0=ignore'")
     color, number, target = match.groups()
-    return int(color, 16) if color else int(number), IGNORE if target is None else int(target)
+    return ColorValue(color, 16) if color else int(number), IGNORE if target is None else int(target)
 
 
 def value_name(value: int, rgb: bool) -> str:
@@ -85,11 +89,15 @@ def value_name(value: int, rgb: bool) -> str:
 
 
 def label_advice(value: int, rgb: bool, classes: int) -> str:
-    """What to type about a mask value that is not a class; colours are quoted, for shells read # as a comment."""
-    quote = "'" if rgb else ""
-    name = value_name(value, rgb)
+    """What to type about a mask value that is not a class."""
     last = max(classes - 1, 0)
-    return f"To make it class {last}: --label {quote}{name}={last}{quote}; to ignore it: --label {quote}{name}=ignore{quote}"
+    return f"To make it class {last}: {label_option(value, last, rgb)}; to ignore it: {label_option(value, None, rgb)}"
+
+
+def label_option(value: int, target: int | None, rgb: bool) -> str:
+    """The option to type, such as `--label 255=1`; `target` None for ignore. Colours are quoted, for shells read # as a comment."""
+    quote = "'" if rgb else ""
+    return f"--label {quote}{value_name(value, rgb)}={'ignore' if target is None else target}{quote}"
 
 
 @dataclass(frozen=True)

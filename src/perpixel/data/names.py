@@ -108,6 +108,11 @@ def has_mask_word(stem: str) -> bool:
     return mask_key(stem) != plain_key(stem)
 
 
+def unnumbered(stem: str) -> str:
+    """The stem without a number behind it: `a_mask_1` -> `a_mask`."""
+    return re.sub(r"(?<=.)[_\-. ]\d+$", "", stem)
+
+
 def _without(stem: str, *patterns: re.Pattern[str]) -> str:
     previous = ""
     while stem != previous:

@@ -1,25 +1,27 @@
 """Read every pair of a set once, in threads, and keep what a diagnosis needs: a few kilobytes for each."""
 
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from perpixel.data.duplicates import Fingerprint, fingerprint
-from perpixel.data.evidence import tally
-from perpixel.data.images import read_image
+from perpixel.data.evidence import ValueCounter, tally
+from perpixel.data.images import Picture, inspect, read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import read_mask
-from perpixel.data.proposals import ValueCounter
 
 FULL = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value that stands for 1.0
+BYTES_IN_FLIGHT = 2**30  # of decoded images and masks at once, whatever the number of threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value, so readings are compared by identity
 class Reading:
     """One usable pair."""
 
@@ -48,22 +50,57 @@ class Fault:
     mismatch: bool = False
 
 
+class Budget:
+    """Bytes that threads share: one waits until there is room for what it is about to decode. What is larger than all is let in alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._limit)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
 def survey(
     pairs: Sequence[Pair], progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[list[Reading], list[Fault], ValueCounter]:
     """Readings and faults in the order of `pairs` (each with a mask), and the values of all usable masks."""
-    counter = ValueCounter()
+    counter, budget = ValueCounter(), Budget(BYTES_IN_FLIGHT)
+
+    def read(pair: Pair) -> Reading | Fault:
+        with budget.room(_decoded_bytes(pair.image)):
+            return _read(pair, counter)
+
     readings: list[Reading] = []
     faults: list[Fault] = []
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="survey")
     try:
-        for done, result in enumerate(pool.map(lambda pair: _read(pair, counter), pairs), 1):
+        for done, result in enumerate(pool.map(read, pairs), 1):
             readings.append(result) if isinstance(result, Reading) else faults.append(result)
             if progress:
                 progress(done, len(pairs), result.pair.image.name)
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest of the set
     return readings, faults, counter
+
+
+def _decoded_bytes(picture: Picture) -> int:
+    """By the header, of an image and a mask of its size (int32 at most), and a copy of each; 0 where the header is damaged."""
+    try:
+        header = inspect(picture)
+    except (ValueError, OSError):
+        return 0  # reading it says what is wrong
+    return 2 * header.height * header.width * (header.bands * {"uint16": 2, "float32": 4}.get(header.dtype, 1) + 4)
 
 
 def _read(pair: Pair, counter: ValueCounter) -> Reading | Fault:
