@@ -10,10 +10,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 
 from perpixel.data.images import read_image
 from perpixel.data.writing import write_labels, write_rgb
+from perpixel.models import build
 from perpixel.recipe import Recipe, read_recipe
+from perpixel.run import Run
 from perpixel.train import train
 
 
@@ -64,6 +67,64 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_weights_of_an_uninter
     assert same(whole / "best.safetensors", killed / "best.safetensors")
     with (whole / "metrics.csv").open() as first, (killed / "metrics.csv").open() as second:
         assert [row["step"] for row in csv.DictReader(first)] == [row["step"] for row in csv.DictReader(second)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_stopped_within_a_process_goes_on_bit_identically_for_each_optimizer(
+    sample_set, tmp_path, tiny_settings, monkeypatch, optimizer
+):
+    """bf16, dropout and averaged weights included; the optimiser's state must come back in the layout of its parameters."""
+    settings = [*tiny_settings, f"train.optimizer={optimizer}", "train.lr=0.01", "model.options.dropout=0.2", "train.ema=0.9"]
+    settings[settings.index("train.precision=32-true")] = "train.precision=bf16-mixed"
+    images, masks, save = sample_set / "images", sample_set / "masks", Run.save
+    train(images, masks, out=tmp_path / "whole", steps=12, settings=settings)
+
+    def save_and_stop(run):
+        save(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(images, masks, out=tmp_path / "stopped", steps=12, settings=settings)
+    monkeypatch.setattr(Run, "save", save)
+    outcome = train(images, masks, out=tmp_path / "stopped", resume=True)
+    assert outcome.step == 12
+    for name in ("last.safetensors", "best.safetensors"):
+        assert same(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+
+
+def test_a_resumed_run_keeps_its_recipe(sample_set, run):
+    with pytest.raises(ValueError, match=r"recipe\.yaml says otherwise about train\.lr\."):
+        train(sample_set / "images", sample_set / "masks", out=run, resume=True, settings=["train.lr=0.5"])
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(sample_set, run):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    outcome = train(sample_set / "images", sample_set / "masks", out=run, resume=True)
+    assert outcome.step == 12
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_budget_that_reading_uses_up_is_an_error_and_no_model(sample_set, tmp_path, tiny_settings):
+    with pytest.raises(ValueError, match="were over before the first step"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, minutes=1e-6, settings=tiny_settings)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_a_misspelt_model_option_names_the_nearest_legal_one(sample_set, tmp_path):
+    with pytest.raises(ValueError, match=r"--set: model\.options\.widht: unknown key; did you mean 'width'"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=["model.options.widht=4"])
+
+
+def test_converting_norms_for_several_gpus_keeps_the_network_the_same_function():
+    """timm's norms hold an activation, which PyTorch's own conversion would drop."""
+    model = build("unet", 2, encoder="mobilenetv2_100", decoder_channels=[8, 8, 8, 8], head_stride=2).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = model.encoder(image).maps
+        after = convert_sync_batchnorm(model).eval().encoder(image).maps
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_two_gloo_processes_give_the_weights_of_one_for_the_same_global_batch(sample_set, tmp_path):

@@ -1,0 +1,76 @@
+"""The optimiser, the learning rate over a run, averaged weights, the clock."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from perpixel.models import build
+from perpixel.optimisation import Average, Clock, learning_rate, make_optimizer
+from perpixel.recipe import TrainSection
+
+
+def test_poly_is_the_formula_of_deeplab_v2_after_the_warm_up():
+    """(1 - iteration / max_iteration)^power, arXiv:1606.00915, section 4.1."""
+    section = TrainSection(schedule="poly", warmup=0.0, poly_power=0.9)
+    assert [learning_rate(section, i / 10) for i in range(10)] == pytest.approx([(1 - i / 10) ** 0.9 for i in range(10)])
+
+
+def test_one_cycle_rises_to_one_and_falls_to_zero():
+    section = TrainSection(schedule="one_cycle", warmup=0.25)
+    rates = [learning_rate(section, i / 100) for i in range(101)]
+    assert max(rates) == rates[25] == 1.0
+    assert rates[:26] == sorted(rates[:26])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_constant_stays_at_one_after_the_warm_up():
+    section = TrainSection(schedule="constant", warmup=0.1)
+    assert {learning_rate(section, p) for p in (0.1, 0.5, 1.0)} == {1.0}
+
+
+def test_weight_decay_reaches_convolutions_only_and_the_encoder_has_its_own_rate():
+    model = build("unet", 2, encoder="plain", width=4)
+    optimizer = make_optimizer(model, TrainSection(weight_decay=0.1, encoder_lr_scale=0.5))
+    where = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = where[id(parameter)]
+        assert group["weight_decay"] == (0.1 if name.endswith("weight") and parameter.ndim > 1 else 0.0), name
+        assert group["scale"] == (0.5 if name.startswith("encoder") else 1.0), name
+    assert len(where) == len(list(model.parameters()))
+
+
+def test_averaged_weights_are_the_recursion_by_hand():
+    """a <- d a + (1 - d) w with d = min(decay, (1 + step) / (10 + step)), buffers too, counters copied."""
+    model = build("unet", 2, encoder="plain", width=2)
+    average = Average(model, 0.9)
+    name = "decoder.classify.weight"
+    by_hand = model.state_dict()[name].double()
+    for step in range(200):
+        with torch.no_grad():
+            model.get_parameter(name).add_(0.01 * (step % 7))
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        by_hand = decay * by_hand + (1 - decay) * model.state_dict()[name].double()
+    torch.testing.assert_close(average.model.state_dict()[name].double(), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_progress_by_steps_is_their_share():
+    clock = Clock(TrainSection(steps=8), time.monotonic(), 0.0)
+    assert [clock.progress(step) for step in (0, 2, 8, 9)] == [0.0, 0.25, 1.0, 1.0]
+
+
+def test_progress_by_minutes_counts_time_before_an_interruption_and_never_falls():
+    clock = Clock(TrainSection(minutes=2), time.monotonic(), before=60.0)
+    clock.reserve = 20.0
+    assert clock.progress(0) == pytest.approx(60 / 100, abs=0.05)
+    clock.reserve = 0.0
+    assert clock.progress(0) == pytest.approx(60 / 100, abs=0.05)
+    assert clock.left(0) == pytest.approx(60, abs=5)
+
+
+def test_progress_ends_at_one():
+    clock = Clock(TrainSection(minutes=1), time.monotonic(), before=math.inf)
+    assert clock.progress(0) == 1.0
