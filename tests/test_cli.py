@@ -171,8 +171,8 @@ def test_models_lists_everything_that_can_be_built_with_its_parameters(command):
 
 
 def test_demo_goes_the_whole_way(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_module, "write_samples", lambda folder: write_samples(folder, train=4, val=2, height=64, width=96))
-    said = command("demo", "-o", tmp_path / "demo", "--minutes", 0.05)
+    monkeypatch.setattr(demo_module, "write_samples", lambda folder, **_: write_samples(folder, train=4, val=2, height=64, width=96))
+    said = command("demo", "-o", tmp_path / "demo", "--minutes", 0.15)
     assert said.code == 0
     assert "2 label images" in said.out
     for path in ("samples/images/val/0000.png", "run/best.safetensors", "labels/0000.png", "labels/overlays/0001.jpg"):
