@@ -13,13 +13,13 @@ Scores are on the validation part of each set, from the bundle `best.safetensors
 
 def accuracy() -> str:
     """One row per set of accuracy.py."""
-    lines = ["| set | command | machine | asked | reached | wall-clock |", "|---|---|---|---|---|---|"]
+    lines = ["| set | command | machine | asked | reached | wall-clock | note |", "|---|---|---|---|---|---|---|"]
     for path in sorted((HERE / "results").glob("accuracy-*.json")):
         row = json.loads(path.read_text())
         asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items())
         reached = ", ".join(f"{key} **{value:.3f}**" for key, value in row["reached"].items())
         minutes = f"{row['seconds_whole_command'] / 60:.1f} min"
-        lines.append(f"| {row['set']} | `{row['command']}` | {row['machine']} | {asked} | {reached} | {minutes} |")
+        lines.append(f"| {row['set']} | `{row['command']}` | {row['machine']} | {asked} | {reached} | {minutes} | {row.get('note', '')} |")
     return "\n".join(lines)
 
 
