@@ -134,3 +134,14 @@ def command(capsys, monkeypatch) -> Callable[..., Said]:
         return Said(code, out, err)
 
     return call
+
+
+@pytest.fixture
+def one_thread():
+    """So that other work on the machine does not slow the small layers of these networks down."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
@@ -58,14 +59,11 @@ class Bundle:
 
     @property
     def normalize(self) -> Normalize:
-        return Normalize(SCALE[self.card.dtype], tuple(self.card.mean), tuple(self.card.std))
+        return Normalize(FULL_SCALE[self.card.dtype], tuple(self.card.mean), tuple(self.card.std))
 
     @property
     def label_map(self) -> LabelMap:
         return LabelMap.from_dict(self.card.label_map)
-
-
-SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # where an integer image becomes float, its full range becomes 0..1
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

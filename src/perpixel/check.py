@@ -12,11 +12,11 @@ import numpy as np
 from perpixel.check_report import render
 from perpixel.data.class_names import ClassList, read_classes
 from perpixel.data.duplicates import find_duplicates
-from perpixel.data.images import Picture, default_colors
+from perpixel.data.images import FULL_SCALE, Picture, default_colors
 from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, split_pairs
 from perpixel.data.masks import LabelMap
 from perpixel.data.proposals import Proposal, propose_label_map
-from perpixel.data.survey import FULL, Fault, Reading, common_form, pooled_moments, survey
+from perpixel.data.survey import Fault, Reading, common_form, pooled_moments, survey
 
 __all__ = ["Check", "Progress", "check", "render"]
 Progress = Callable[[int, int, str], None]  # files done, files in all, name of the file just read
@@ -212,7 +212,7 @@ def _of_one_form(report: Check, readings: list[Reading]) -> list[Reading]:
     if not readings:
         return []
     report.bands, report.dtype = common_form(readings)
-    report.scale = FULL[report.dtype]
+    report.scale = FULL_SCALE[report.dtype]
     legal = {report.bands, 1} if report.bands == 3 else {report.bands}
     usable = [reading for reading in readings if reading.bands in legal]
     odd = [reading for reading in readings if reading.bands not in legal]

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from perpixel import __version__
-from perpixel.bundle import SCALE, Card, read_tensors, save_bundle, save_tensors
+from perpixel.bundle import Card, read_tensors, save_bundle, save_tensors
 from perpixel.check import Check
 from perpixel.data.dataset import LabelledImages, SampleStream, collate, sample_numbers
 from perpixel.data.display import overlay, to_display
+from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
@@ -59,7 +60,7 @@ class Run:
         section = recipe.train
         self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
-        self.normalize = Normalize(SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
+        self.normalize = Normalize(FULL_SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
         self.class_weights = _class_weights(section.class_weights, report)
         self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
         self.val_images = self._images("val")

@@ -29,15 +29,6 @@ def val_scenes():
     return scenes(VAL)
 
 
-@pytest.fixture
-def one_thread():
-    """So that other work on the machine does not slow the small layers of these networks down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def iou(labels: torch.Tensor, predicted: torch.Tensor) -> np.ndarray:
     overlap = [((labels == k) & (predicted == k)).sum() / ((labels == k) | (predicted == k)).sum() for k in range(len(CLASSES))]
     return np.array([float(x) for x in overlap])

@@ -426,14 +426,6 @@ def test_shapes_that_do_not_belong_together_are_refused():
 # Speed
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_camvid_sample_takes_milliseconds(one_thread):
     """360x480 RGB to 320x320 with zoom, crop, flip and colour: about 2 ms on one core; the best of 15 forgives a busy machine."""
     augment = Augmentation((320, 320), scale=(0.5, 2.0), flip_horizontal=True, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from perpixel.data.images import read_image
+from perpixel.data.images import FULL_SCALE, read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap, read_mask
 from perpixel.data.transforms import Augmentation
@@ -44,12 +44,11 @@ def conform(image: np.ndarray, bands: int, dtype: str, source: str) -> np.ndarra
         )
     if image.dtype == dtype:
         return image
-    full = {"uint8": 255, "uint16": 65535, "float32": 1.0}
     if image.dtype == np.float32 and (image.min() < 0 or image.max() > 1):
         found = f"float values from {image.min():g} to {image.max():g}"
         raise ValueError(f"{source}: {found}; this model was trained on {dtype}. Give {dtype} values, or floats from 0 to 1.")
-    unit = image.astype(np.float32) / np.float32(full[str(image.dtype)])
-    return unit if dtype == "float32" else np.rint(unit.clip(0, 1) * full[dtype]).astype(dtype)
+    unit = image.astype(np.float32) / np.float32(FULL_SCALE[str(image.dtype)])
+    return unit if dtype == "float32" else np.rint(unit.clip(0, 1) * FULL_SCALE[dtype]).astype(dtype)
 
 
 class LabelledImages(Dataset[Example]):

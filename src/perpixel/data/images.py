@@ -13,6 +13,7 @@ from perpixel.data.display import default_colors, overlay, to_display
 from perpixel.data.writing import replacing, write_labels, write_rgb
 
 __all__ = [
+    "FULL_SCALE",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "Picture",
@@ -31,6 +32,7 @@ __all__ = [
     "write_labels",
     "write_rgb",
 ]
+FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value that stands for 1.0
 MAX_PIXELS = 2**28  # 16384 x 16384: above ordinary scans and orthophotos, below what fills a machine
 IMAGE_SUFFIXES: frozenset[str] = frozenset(
     {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".pbm", ".pgm", ".ppm", ".pnm"}

@@ -13,11 +13,10 @@ from PIL import Image
 
 from perpixel.data.duplicates import Fingerprint, fingerprint
 from perpixel.data.evidence import ValueCounter, tally
-from perpixel.data.images import Picture, inspect, read_image
+from perpixel.data.images import FULL_SCALE, Picture, inspect, read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import read_mask
 
-FULL = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value that stands for 1.0
 BYTES_IN_FLIGHT = 2**30  # of decoded images and masks at once, whatever the number of threads
 
 
@@ -29,7 +28,7 @@ class Reading:
     size: tuple[int, int]  # height, width in pixels
     bands: int
     dtype: str
-    mean: np.ndarray  # (C,) float64, in units of FULL[dtype]
+    mean: np.ndarray  # (C,) float64, in units of FULL_SCALE[dtype]
     variance: np.ndarray  # (C,) float64, likewise squared
     values: np.ndarray  # (V,) mask values, ascending; int32 for colours, and only for those
     counts: np.ndarray  # (V,) int64 pixels of each
@@ -129,7 +128,7 @@ def _mismatch(pair: Pair, image: tuple[int, ...], mask: tuple[int, ...]) -> str:
 
 def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of each band of an image (C, H, W), in units of the full range of its dtype."""
-    full = FULL[str(image.dtype)]
+    full = FULL_SCALE[str(image.dtype)]
     if image.dtype != np.uint8:
         return (
             np.array([band.mean(dtype=np.float64) for band in image]) / full,
