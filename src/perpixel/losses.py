@@ -218,6 +218,18 @@ def cost(losses: Tensor) -> Tensor:
     return losses.mean()
 
 
+def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H, W) -> (N, *size): the labels under the pixels of a smaller map whose corners lie on the corners of the image.
+
+    A map of 41x41 pixels gets every eighth label of 321x321, as in DeepLab v1 and v2, whose loss is taken there.
+    """
+    if labels.shape[-2:] == size:
+        return labels
+    for axis, (side, target) in enumerate(zip(labels.shape[-2:], size, strict=True), start=1):
+        labels = labels.index_select(axis, torch.linspace(0, side - 1, target, device=labels.device).round().long())
+    return labels
+
+
 def class_weights(kind: str, pixels: Sequence[int], pixels_where_present: Sequence[int] | None = None) -> Tensor:
     """(K,) float32 class weights for `cross_entropy` from counts over the training set.
 

@@ -62,17 +62,17 @@ def learning_rate(section: TrainSection, progress: float) -> float:
 
 
 def make_optimizer(model: SegmentationModel, section: TrainSection) -> torch.optim.Optimizer:
-    """AdamW or SGD; the encoder at its own rate, biases and norms without weight decay.
+    """AdamW or SGD; the encoder at its own rate, biases and norms without weight decay, and the model's own `multipliers` on top.
 
     Each group carries `scale`, its factor on the learning rate of the run.
     """
-    groups = []
-    for part, scale in ((model.encoder, section.encoder_lr_scale), (model.decoder, 1.0)):
-        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        for decays in (True, False):
-            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
-            if chosen:
-                groups.append({"params": chosen, "scale": scale, "weight_decay": section.weight_decay if decays else 0.0})
+    members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = section.encoder_lr_scale if name.startswith("encoder.") else 1.0
+            rate, decay = model.multipliers.get(name, (1.0, float(parameter.ndim > 1)))
+            members.setdefault((scale * rate, section.weight_decay * decay), []).append(parameter)
+    groups = [{"params": chosen, "scale": scale, "weight_decay": decay} for (scale, decay), chosen in members.items()]
     if section.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=section.lr, fused=True)
     return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=True)

@@ -45,6 +45,14 @@ class OptionsSection(Section):
     head_stride: int | None = None
     upsampling: str | None = None
     image_pooling: bool | None = None
+    output_stride: int | None = None
+    variant: str | None = None
+    multi_scale: bool | None = None
+    depth: int | None = None
+    modules: str | None = None
+    blocks: int | None = None
+    multi_grid: list[int] | None = None
+    learn_upsampling: bool | None = None
 
 
 class ModelSection(Section):

@@ -26,7 +26,7 @@ from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, score
-from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost
+from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
 from perpixel.models import build
 from perpixel.models.batch_norm import freeze_batch_norm, unfold_batch_norm
 from perpixel.models.model import SegmentationModel
@@ -73,6 +73,7 @@ class Run:
             unfold_batch_norm(self.bare.encoder, self._first_images())
         self.average = Average(self.bare, section.ema) if section.ema else None
         self.model, self.optimizer = fabric.setup(self.bare, make_optimizer(self.bare, section))
+        self.model.mark_forward_method("supervised")
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
     def _build(self, fresh: bool) -> SegmentationModel:
@@ -141,10 +142,7 @@ class Run:
         if section.freeze_batch_norm:
             freeze_batch_norm(self.bare.encoder)
         pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        logits = self.model(pixels)
-        thin = _every(section.loss_stride, self.place.step)
-        labels, weights = labels[thin].to(device), None if weights is None else weights[thin].to(device)
-        value = cost(self.criterion(logits[thin], labels, weights))
+        value = self._cost(self.model.supervised(pixels), labels.to(device), None if weights is None else weights.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(value)
         norm = float(torch.nn.utils.clip_grad_norm_(self.bare.parameters(), section.clip or math.inf))
@@ -161,6 +159,18 @@ class Run:
         if self.average is not None:
             self.average.update(self.bare, self.place.step)
         return number
+
+    def _cost(self, outputs: list[Tensor], labels: Tensor, weights: Tensor | None) -> Tensor:
+        """The weighted sum of the costs of the maps that the model is trained on."""
+        thin = _every(self.section.loss_stride, self.place.step)
+        total = torch.zeros((), device=labels.device)
+        for share, logits in zip(self.bare.loss_weights, outputs, strict=True):
+            if share:
+                size = (logits.shape[-2], logits.shape[-1])
+                known, by_pixel = labels_at(labels, size), None if weights is None else labels_at(weights, size)
+                losses = self.criterion(logits[thin], known[thin], None if by_pixel is None else by_pixel[thin])
+                total = total + share * cost(losses)
+        return total
 
     @property
     def scored(self) -> SegmentationModel:

@@ -62,6 +62,14 @@ def build(
     head_stride: int | None = None,
     upsampling: str | None = None,
     image_pooling: bool | None = None,
+    output_stride: int | None = None,
+    variant: str | None = None,
+    multi_scale: bool | None = None,
+    depth: int | None = None,
+    modules: str | None = None,
+    blocks: int | None = None,
+    multi_grid: Sequence[int] | None = None,
+    learn_upsampling: bool | None = None,
 ) -> SegmentationModel:
     """A model by its name in `MODELS`. Options left at None take the model's own default.
 
@@ -71,7 +79,8 @@ def build(
         encoder: "plain" or any timm network with feature maps.
         encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
         in_channels: bands of the image.
-        width, dropout, decoder_channels, head_stride, upsampling, image_pooling: as in the model's own function.
+        output_stride: input pixels per pixel of the coarsest map, for models on atrous convolutions.
+        width, dropout and the others: as in the model's own function.
 
     Raises:
         ValueError: for an unknown name or encoder, and for an option that the model does not have.
@@ -90,6 +99,14 @@ def build(
         "head_stride": head_stride,
         "upsampling": upsampling,
         "image_pooling": image_pooling,
+        "output_stride": output_stride,
+        "variant": variant,
+        "multi_scale": multi_scale,
+        "depth": depth,
+        "modules": modules,
+        "blocks": blocks,
+        "multi_grid": multi_grid,
+        "learn_upsampling": learn_upsampling,
     }
     given = {option: value for option, value in asked.items() if value is not None}
     known = [parameter for parameter in inspect.signature(MODELS[name]).parameters if parameter != "classes"]

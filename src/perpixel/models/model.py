@@ -1,7 +1,8 @@
 """What every model is made of: an encoder, a decoder, and the rule for the sizes they take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -29,9 +30,27 @@ class Encoder(Protocol):
 
 
 class Decoder(Protocol):
-    """`Features` and the size to label -> logits (N, K, *size). An `nn.Module`."""
+    """`Features` and the size to label -> logits (N, K, *size). An `nn.Module`.
+
+    A decoder whose paper trains on more than its logits is a `SupervisedDecoder`.
+    """
 
     def __call__(self, features: Features, size: tuple[int, int]) -> Tensor: ...
+
+
+@runtime_checkable
+class SupervisedDecoder(Protocol):
+    """A decoder that is trained on several maps of logits, each of a size of its own.
+
+    Attributes:
+        loss_weights: of the loss on each of them, the final logits first. 0: this one is not trained on.
+    """
+
+    loss_weights: tuple[float, ...]
+
+    def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
+        """The logits (N, K, *size), then the auxiliary ones (N, K, h, w), as many as `loss_weights`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,22 @@ class InputGeometry:
 
 
 class SegmentationModel(nn.Module):
-    """Image -> logits of every pixel: `decoder(encoder(image), size)`."""
+    """Image -> logits of every pixel: `decoder(encoder(image), size)`.
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, classes: int, geometry: InputGeometry) -> None:
+    Attributes:
+        multipliers: factors on learning rate and weight decay of single parameters, by their names here; a paper's `lr_mult` and
+            `decay_mult`. Parameters it does not name have the run's own.
+        loss_weights: of the losses on what `supervised` gives; (1.0,) where a model is trained on its logits alone.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        classes: int,
+        geometry: InputGeometry,
+        multipliers: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         super().__init__()
         if classes < 1:
             raise ValueError(f"a model needs at least 1 class, not {classes}")
@@ -86,6 +118,8 @@ class SegmentationModel(nn.Module):
         self.decoder: nn.Module = decoder
         self.classes = classes
         self.geometry = geometry
+        self.multipliers = dict(multipliers or {})
+        self.loss_weights = decoder.loss_weights if isinstance(decoder, SupervisedDecoder) else (1.0,)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of a batch of images.
@@ -99,6 +133,21 @@ class SegmentationModel(nn.Module):
         Raises:
             ValueError: if `image` is not four-dimensional or its size is not legal.
         """
+        logits: Tensor = self.decoder(self.encoder(image), self.labelled_size(image))
+        return logits
+
+    def supervised(self, image: Tensor) -> list[Tensor]:
+        """What training takes losses on: the logits as `forward` gives them, then auxiliary ones, as many as `loss_weights`."""
+        if not isinstance(self.decoder, SupervisedDecoder):
+            return [self(image)]
+        return self.decoder.supervised(self.encoder(image), self.labelled_size(image))
+
+    def labelled_size(self, image: Tensor) -> tuple[int, int]:
+        """(height, width) of the logits of `image`.
+
+        Raises:
+            ValueError: if `image` is not four-dimensional or its size is not legal.
+        """
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; a model takes (N, C, H, W). Add the missing axes, e.g. image[None]")
         height, width = image.shape[-2:]
@@ -108,5 +157,4 @@ class SegmentationModel(nn.Module):
                 f"Pad it to {self.geometry.fit(height)}x{self.geometry.fit(width)}, or call predict_tiled, which pads for you."
             )
         border = 2 * self.geometry.margin
-        logits: Tensor = self.decoder(self.encoder(image), (height - border, width - border))
-        return logits
+        return height - border, width - border
