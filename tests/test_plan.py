@@ -219,6 +219,7 @@ def test_photographs_get_published_weights_where_they_can_be_had(machine, monkey
     assert recipe.model.encoder_weights is True
     assert recipe.model.encoder != "plain"
     assert recipe.train.encoder_lr_scale < 1
+    assert recipe.train.freeze_batch_norm == (recipe.train.batch < 16)  # few crops give worse statistics than ImageNet did
     assert (recipe.data.mean, recipe.data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # ImageNet's, as published
 
 
@@ -227,6 +228,7 @@ def test_without_a_hub_nothing_is_downloaded_and_the_reason_says_what_to_give():
     assert not recipe.model.encoder_weights
     assert "--set model.encoder_weights=FILE" in reasons["model.encoder"]
     assert recipe.train.encoder_lr_scale == 1
+    assert not recipe.train.freeze_batch_norm
 
 
 def test_the_hub_is_not_asked_where_it_is_switched_off(monkeypatch):

@@ -122,6 +122,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     encoder, reason = _propose_encoder(report, machine, weights)
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
+    choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
     if encoder == "plain":
         choices.take("model.options.width", 64 if gpu else 16, "the paper's width" if gpu else "narrow: a processor's time goes further")
         return
@@ -251,11 +252,14 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     choices.take("data.mean", mean, reason)
     choices.take("data.std", std, reason)
     sgd = _given(choices.given, "train.optimizer") == "sgd"
-    rate = 0.01 if sgd or pretrained else 0.02
+    rate = 0.01 if sgd else 0.004 if pretrained else 0.02
     choices.take("train.lr", rate, "SGD with momentum" if sgd else "AdamW with a cosine to zero; short runs need a high rate")
     choices.take("train.warmup", 0.04, "settles batch norm and the new layers")
-    scale = 0.05 if pretrained else 1.0
+    scale = 0.02 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
+    few = choices.taken["train"]["batch"] < 16
+    why = "the encoder's statistics are better than those of so few crops" if pretrained and few else "statistics of the batches"
+    choices.take("train.freeze_batch_norm", bool(pretrained and few), why)
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
     uneven = min(shares) < 0.1 / len(shares)

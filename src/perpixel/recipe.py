@@ -45,6 +45,7 @@ class OptionsSection(Section):
     head_stride: int | None = None
     upsampling: str | None = None
     image_pooling: bool | None = None
+    stage_scores: bool | None = None
     output_stride: int | None = None
     variant: str | None = None
     multi_scale: bool | None = None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from perpixel.models.layers import resize_logits
 from perpixel.models.unet import decoder_stages, unet, unet_paper
@@ -85,14 +86,6 @@ def test_no_convolution_of_the_decoder_has_to_reorder_its_input(encoder, options
     assert all(seen)
 
 
-def test_training_starts_from_a_cost_of_log_k():
-    torch.manual_seed(0)
-    model = unet(8, "plain", width=8)
-    logits = model(torch.randn(2, 3, 32, 32))
-    cost = nn.functional.cross_entropy(logits, torch.randint(0, 8, (2, 32, 32)))
-    assert abs(cost.item() - torch.tensor(8.0).log().item()) < 0.05
-
-
 def test_image_pooling_lets_a_far_corner_matter():
     torch.manual_seed(0)
     image = torch.randn(1, 3, 32, 512)
@@ -114,3 +107,25 @@ def test_narrow_paper_models_keep_the_geometry():
     assert model(torch.zeros(1, 2, 188, 204)).shape == (1, 3, 4, 20)
     with pytest.raises(ValueError, match="width is 0"):
         unet_paper(2, width=0)
+
+
+def test_stage_scores_are_the_sum_of_each_stage_s_own_classifier_resized_step_by_step():
+    torch.manual_seed(0)
+    model = unet(3, encoder="resnet18", stage_scores=True, head_stride=2).double().eval()
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    decoder, maps = model.decoder, model.encoder(image).maps
+    x, total = maps[-1], None
+    for number, (stage, skip) in enumerate(zip(decoder.stages, [maps[3], maps[2], maps[1], maps[0]], strict=True)):
+        x = stage(x, skip, tuple(skip.shape[-2:]))
+        classifier = decoder.classify if number == 3 else decoder.coarse_classifiers[number]
+        scores = torch.einsum("nchw,kc->nkhw", x, classifier.weight[:, :, 0, 0]) + classifier.bias[:, None, None]
+        up = 0 if total is None else functional.interpolate(total, size=scores.shape[-2:], mode="bilinear", align_corners=False)
+        total = scores + up
+    expected = functional.interpolate(total, size=(64, 96), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model(image), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_without_stage_scores_there_is_one_classifier():
+    plain, summed = (unet(3, encoder="resnet18", stage_scores=asked) for asked in (False, True))
+    extra = sum(p.numel() for p in summed.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert extra == 3 * (256 + 128 + 64 + 32 + 4)  # widths of the four coarser stages, and their biases

@@ -115,6 +115,7 @@ class UNetDecoder(nn.Module):
         upsampling: "bilinear" or "nearest".
         image_pooling: append the mean of the coarsest maps to each of their pixels.
         dropout: share of whole maps dropped before the classifier while training.
+        stage_scores: every stage has a classifier of its own, and the logits are their sum, coarse ones resized bilinearly.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class UNetDecoder(nn.Module):
         upsampling: str = "bilinear",
         image_pooling: bool = False,
         dropout: float = 0.0,
+        stage_scores: bool = False,
     ) -> None:
         super().__init__()
         self.plan = decoder_stages(strides, head_stride)
@@ -139,18 +141,24 @@ class UNetDecoder(nn.Module):
             self.stages.append(Stage(incoming, 0 if index is None else channels[index], width, mode))
             incoming = width
         self.drop = nn.Dropout2d(dropout)
+        self.coarse_classifiers = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths[:-1] if stage_scores)
         self.classify = nn.Conv2d(incoming, classes, 1)
         initialise(self)
-        # Small first logits: training starts from a cost of log K whatever the encoder's maps look like.
-        nn.init.normal_(self.classify.weight, std=0.01)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        x = self.pool(features.maps[-1])
-        for stage, (stride, index) in zip(self.stages, self.plan, strict=True):
+        x, coarser = self.pool(features.maps[-1]), None
+        for number, (stage, (stride, index)) in enumerate(zip(self.stages, self.plan, strict=True)):
             skip = None if index is None else features.maps[index]
             height, width = (-(-size[0] // stride), -(-size[1] // stride)) if skip is None else skip.shape[-2:]
             x = stage(x, skip, (height, width))
-        return resize_logits(self.classify(self.drop(x)), size)
+            if number < len(self.coarse_classifiers):
+                coarser = _add(self.coarse_classifiers[number](self.drop(x)), coarser)
+        return resize_logits(_add(self.classify(self.drop(x)), coarser), size)
+
+
+def _add(scores: Tensor, coarser: Tensor | None) -> Tensor:
+    """The sum of two maps of scores, the coarser one resized."""
+    return scores if coarser is None else scores + resize(coarser, (scores.shape[-2], scores.shape[-1]))
 
 
 def _widths(decoder_channels: Sequence[int] | None, strides: list[int]) -> list[int]:
@@ -175,6 +183,7 @@ def unet(
     upsampling: str = "bilinear",
     image_pooling: bool = False,
     dropout: float = 0.0,
+    stage_scores: bool = False,
 ) -> SegmentationModel:
     """U-Net's decoder on any encoder; labels every pixel of the image.
 
@@ -190,6 +199,8 @@ def unet(
         upsampling: "bilinear" or "nearest", between decoder stages.
         image_pooling: give the coarsest maps their mean over the image as context.
         dropout: share of whole maps dropped before the classifier while training.
+        stage_scores: classify at every decoder stage and sum the scores, as FCN does with its skips: what the coarse maps know reaches
+            the logits past the finer stages, and a trained encoder is put to use within a few hundred updates.
 
     Raises:
         ValueError: for an unknown encoder or illegal option, and for weights that do not belong to the encoder.
@@ -204,7 +215,8 @@ def unet(
             decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
     else:
         path = timm_encoder(encoder, in_channels, encoder_weights)
-    decoder = UNetDecoder(path.channels, path.strides, classes, decoder_channels, head_stride, upsampling, image_pooling, dropout)
+    options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores)
+    decoder = UNetDecoder(path.channels, path.strides, classes, *options)
     coarsest = max(path.strides)
     # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
     return SegmentationModel(path, decoder, classes, InputGeometry(multiple=coarsest, minimum=2 * coarsest))
