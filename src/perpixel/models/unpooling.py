@@ -31,7 +31,7 @@ class _MaxUnpool(torch.autograd.Function):
         ctx.save_for_backward(indices)
         if x.device.type == "cuda" and x.is_contiguous(memory_format=torch.channels_last):
             return scattered(x, indices, size)  # PyTorch's kernel there knows planes only
-        return functional.max_unpool2d(x, indices, 2, output_size=size)
+        return functional.max_unpool2d(x, indices, (2, 2), output_size=size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
