@@ -25,7 +25,7 @@ ARROWS = {
     "check_report": {"check"},
     "plan": {"check", "models", "recipe"},
     "evaluate": {"bundle", "data", "losses", "metrics", "models", "tiling"},
-    "predict": {"bundle", "data", "tiling"},
+    "predict": {"bundle", "data", "models", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
     "train": {"check", "data", "optimisation", "plan", "progress", "recipe", "run"},

@@ -252,3 +252,41 @@ def test_what_is_no_bundle_is_refused_when_it_is_loaded(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"a\.safetensors: not a bundle"):
         perpixel.load(str(tmp_path / "a.safetensors"))
+
+
+# ---- Monte Carlo dropout
+
+
+@pytest.fixture
+def bayesian(make_bundle):
+    return make_bundle(model="bayesian_segnet_basic_paper", width=4)
+
+
+def test_samples_label_by_the_mean_and_write_the_uncertainty(bayesian, tmp_path, out):
+    segmenter = load(bayesian, device="cpu")
+    path = save(tmp_path / "a.png", noise(33, 50, 3))
+    predict_files(segmenter, [path], out, with_probabilities=True, samples=5)
+    result = segmenter.monte_carlo(path, 5)
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), result.mean.argmax(0).numpy())
+    assert np.array_equal(segmenter.predict(path, samples=5), result.mean.argmax(0).numpy())
+    np.testing.assert_allclose(np.load(out / "probabilities" / "a.npy"), result.mean, atol=1e-3)
+    uncertainty = np.load(out / "uncertainty" / "a.npy", allow_pickle=False)
+    assert (uncertainty.dtype, uncertainty.shape) == (np.float16, (33, 50))
+    np.testing.assert_allclose(uncertainty, result.variance.mean(0), atol=1e-3)
+    assert uncertainty.max() > 0
+
+
+def test_samples_of_a_model_without_dropout_are_refused_before_anything_is_written(segmenter, tmp_path, out):
+    path = save(tmp_path / "a.png", noise(33, 50, 3))
+    with pytest.raises(ValueError, match="has no dropout"):
+        predict_files(segmenter, [path], out, samples=3)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="has no dropout"):
+        segmenter.predict(path, samples=3)
+
+
+def test_samples_on_the_command_line(command, bayesian, tmp_path, out):
+    path = save(tmp_path / "a.png", noise(20, 20, 3))
+    assert command("predict", bayesian, path, "-o", out, "--samples", "2").code == 0
+    assert (out / "uncertainty" / "a.npy").is_file()
+    assert command("predict", bayesian, path, "-o", out, "--samples", "0").code == 2

@@ -117,13 +117,21 @@ def predict(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label images.")] = Path("labels"),
     overlay: Annotated[bool, typer.Option("--overlay", help="Also OUT/overlays: the labels' colours over the images.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (classes, H, W).")] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Mean of so many predictions with dropout on; also OUT/uncertainty: float16 .npy, (H, W).", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size."""
     from perpixel.predict import load, predict_files
 
     console = Console()
     with _live(False, "predicting") as progress:
-        result = predict_files(load(bundle), inputs, out, with_overlay=overlay, with_probabilities=probabilities, progress=progress)
+        result = predict_files(
+            load(bundle), inputs, out, with_overlay=overlay, with_probabilities=probabilities, samples=samples, progress=progress
+        )
     console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)

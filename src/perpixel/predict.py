@@ -13,6 +13,8 @@ from perpixel.data.dataset import conform
 from perpixel.data.display import overlay
 from perpixel.data.images import Picture, find_pictures, read_image
 from perpixel.data.writing import replacing, write_labels, write_rgb
+from perpixel.models.model import SegmentationModel
+from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
 from perpixel.tiling import predict_tiled
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
@@ -43,28 +45,44 @@ class Segmenter:
         Raises:
             ValueError: unreadable file, or bands that differ from those the model was trained on.
         """
-        if isinstance(image, str | Path):
-            return self._logits(read_image(Path(image)), str(image))
-        return self._logits(_as_bands(image), "image")
+        return self._logits(*_read(image))
 
     @torch.inference_mode()
     def _logits(self, pixels: np.ndarray, source: str) -> Tensor:
         """Logits of pixels (C, H, W) as `read_image` gives them (step 1); `source` names them in errors."""
+        return self._stitched(self.bundle.model, self._normalized(pixels, source))
+
+    def _normalized(self, pixels: np.ndarray, source: str) -> Tensor:
         card, model = self.bundle.card, self.bundle.model
         pixels = conform(pixels, card.bands, card.dtype, source)
-        normalized = self.bundle.normalize(torch.from_numpy(pixels).to(next(model.parameters()).device))  # 2 normalise
-        return predict_tiled(model, normalized, card.tile, card.overlap).float()  # 3 tile, 4 model, 5 stitch
+        return self.bundle.normalize(torch.from_numpy(pixels).to(next(model.parameters()).device))  # 2 normalise
+
+    def _stitched(self, model: SegmentationModel, image: Tensor) -> Tensor:
+        return predict_tiled(model, image, self.bundle.card.tile, self.bundle.card.overlap).float()  # 3 tile, 4 model, 5 stitch
+
+    def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
+        """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
+
+        Its `uncertainty` (H, W) is the mean of the variance over the classes.
+
+        Raises:
+            ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
+        """
+        return self._monte_carlo(*_read(image), samples, seed)
+
+    def _monte_carlo(self, pixels: np.ndarray, source: str, samples: int, seed: int = 0) -> MonteCarlo:
+        return monte_carlo(self.bundle.model, self._normalized(pixels, source), samples, seed, self._stitched)
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
         """(K, H, W) float32 softmax probabilities; see `logits`."""
         return self.logits(image).softmax(0).cpu().numpy()
 
-    def predict(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
-        """(H, W) class indices, uint8 (uint16 above 255 classes); see `logits`."""
-        return self._labels(self.logits(image))
+    def predict(self, image: np.ndarray | Tensor | Path | str, samples: int | None = None) -> np.ndarray:
+        """(H, W) class indices, uint8 (uint16 above 255 classes); see `logits`, and `monte_carlo` for `samples`."""
+        return self._labels(self.logits(image) if samples is None else self.monte_carlo(image, samples).mean)
 
-    def _labels(self, logits: Tensor) -> np.ndarray:
-        return logits.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  # 7 argmax
+    def _labels(self, scores: Tensor) -> np.ndarray:
+        return scores.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  # 7 argmax
 
 
 def load(bundle: Path | str, device: str | None = None) -> Segmenter:
@@ -91,6 +109,7 @@ def predict_files(
     *,
     with_overlay: bool = False,
     with_probabilities: bool = False,
+    samples: int | None = None,
     progress: Progress | None = None,
 ) -> Predicted:
     """Writes OUT/<name>.png with class indices and the classes' palette for each picture of files, folders, globs and stacks.
@@ -98,36 +117,52 @@ def predict_files(
     Args:
         with_overlay: also OUT/overlays/<name>.jpg, the labels' colours over the image.
         with_probabilities: also OUT/probabilities/<name>.npy, (K, H, W) float16.
+        samples: labels and probabilities from the mean of so many predictions with dropout on; also OUT/uncertainty/<name>.npy,
+            (H, W) float16, the variance of the probabilities, mean over the classes.
 
     Returns:
         The label images written, and the damaged inputs, which are named and left out: one bad file does not stop the others.
 
     Raises:
-        ValueError: no pictures, two that would be written to the same file, or one that would overwrite an input.
+        ValueError: no pictures, two that would be written to the same file, one that would overwrite an input, or `samples` of a
+            model without dropout.
         OSError: the disk is full.
     """
     result = Predicted()
+    if samples is not None:
+        active_dropouts(segmenter.bundle.model)
     pictures = find_pictures(inputs)
     _refuse_collisions(pictures, out)
     for done, picture in enumerate(pictures, 1):
         try:
             image = read_image(picture)  # 1 read
-            logits = segmenter._logits(image, str(picture))
+            sampled = None if samples is None else segmenter._monte_carlo(image, str(picture), samples)
+            scores = segmenter._logits(image, str(picture)) if sampled is None else sampled.mean
         except ValueError as error:
             result.damaged[str(picture)] = str(error)
         else:
-            labels = segmenter._labels(logits)
+            labels = segmenter._labels(scores)
             target = out / f"{picture.name}.png"
             write_labels(target, labels, segmenter.colors)  # 8 write
             if with_overlay:
                 unseen = int(np.iinfo(labels.dtype).max)  # a prediction ignores nothing
                 write_rgb(out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, segmenter.colors, ignore=unseen))
             if with_probabilities:
-                _write_array(out / "probabilities" / f"{picture.name}.npy", logits.softmax(0).half().cpu().numpy())
+                probabilities = scores.softmax(0) if sampled is None else scores
+                _write_array(out / "probabilities" / f"{picture.name}.npy", probabilities.half().cpu().numpy())
+            if sampled is not None:
+                _write_array(out / "uncertainty" / f"{picture.name}.npy", sampled.uncertainty.half().cpu().numpy())
             result.written.append(target)
         if progress is not None:
             progress(done, len(pictures), picture.name)
     return result
+
+
+def _read(image: np.ndarray | Tensor | Path | str) -> tuple[np.ndarray, str]:
+    """Pixels (C, H, W), and what names them in errors."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image)), str(image)
+    return _as_bands(image), "image"
 
 
 def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:

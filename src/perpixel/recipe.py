@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -88,6 +88,9 @@ class LossTerm(Section):
     weight: float = Field(1.0, gt=0)
 
 
+ClassWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class TrainSection(Section):
     """How the weights are found. Either `steps` or `minutes` ends the run."""
 
@@ -107,10 +110,11 @@ class TrainSection(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     freeze_batch_norm: bool = False
+    batch_norm_pass: bool = False  # before each validation, statistics of batch norm from one pass over the training images
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
     loss_stride: int = Field(1, ge=1)  # 2: the loss is taken on every second pixel in both directions, in turn
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    class_weights: Literal["none", "median_frequency", "inverse_log"] = "none"
+    class_weights: Literal["none", "median_frequency", "inverse_log"] | list[ClassWeight] = "none"  # a list is taken as it is
     border_weights: bool = False
     augment: AugmentSection = AugmentSection()
     validations: int = Field(10, ge=1)
@@ -122,6 +126,12 @@ class TrainSection(Section):
     def _one_end(self) -> Self:
         if self.steps is not None and self.minutes is not None:
             raise ValueError("both steps and minutes are given; a run ends at one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_statistic(self) -> Self:
+        if self.freeze_batch_norm and self.batch_norm_pass:
+            raise ValueError("freeze_batch_norm keeps the statistics that batch_norm_pass measures anew; choose one of them")
         return self
 
 
@@ -242,7 +252,7 @@ def _number_or_yaml(value: str) -> Any:
 
 def _explain(problem: Any) -> str:
     """One pydantic problem in our words: the dotted key, what came, what is legal."""
-    where = [str(part) for part in problem["loc"]]
+    where = [str(part) for part in problem["loc"] if "[" not in str(part)]  # pydantic's names of the kinds a value may be of
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         legal = _keys(where[:-1])

@@ -28,7 +28,7 @@ from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
 from perpixel.models import build
-from perpixel.models.batch_norm import freeze_batch_norm, unfold_batch_norm
+from perpixel.models.batch_norm import freeze_batch_norm, measure_batch_norm, unfold_batch_norm
 from perpixel.models.model import SegmentationModel
 from perpixel.optimisation import Average, make_optimizer
 from perpixel.progress import TrainingLog
@@ -120,6 +120,18 @@ class Run:
         for number in range(count):
             yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
 
+    def _batch_norm_pass(self) -> None:
+        """Statistics of batch norm of the scored model, from the first epoch's images in whole batches. The same in every process."""
+        share = self.section.batch // self.fabric.world_size
+        torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
+        with self.fabric.autocast():
+            measure_batch_norm(self.scored, (self._pixels(first, share) for first in range(0, len(self.train_images), share)))
+
+    def _pixels(self, first: int, count: int) -> Tensor:
+        """(count, C, H, W) images of the stream from number `first` on, as a step of training sees them."""
+        images = torch.stack([self.stream[number][0] for number in range(first, first + count)])
+        return self.normalize(images.to(self.fabric.device)).contiguous(memory_format=torch.channels_last)
+
     def loader(self, first_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor | None]]:
         """The endless stream of this process's shares of the batches from `first_step` on."""
         section = self.section
@@ -183,6 +195,8 @@ class Run:
         Each process scores its share; counts and losses are summed.
         """
         fabric, place, start = self.fabric, self.place, time.monotonic()
+        if self.section.batch_norm_pass:
+            self._batch_norm_pass()
         model = self.scored.eval()
         if fabric.world_size > 1:
             for buffer in model.buffers():
@@ -295,10 +309,20 @@ class _Endless(Sampler[list[int]]):
         return self.batches
 
 
-def _class_weights(kind: str, report: Check) -> Tensor | None:
-    """(K,) weights of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning."""
+def _class_weights(kind: str | list[float], report: Check) -> Tensor | None:
+    """(K,) weights; computed ones of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning.
+
+    A list is taken as it is.
+    """
     if kind == "none":
         return None
+    if not isinstance(kind, str):
+        if len(kind) != len(report.classes):
+            names = ", ".join(report.classes)
+            raise ValueError(
+                f"train.class_weights has {len(kind)} numbers; there are {len(report.classes)} classes: give one for each of {names}"
+            )
+        return torch.tensor(kind)
     pixels = report.pixels["train"]
     weights, share = (
         class_weights(kind, pixels, report.pixels_where_present["train"]),

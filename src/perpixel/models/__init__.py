@@ -11,11 +11,19 @@ from rich.table import Table
 
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
-from perpixel.models.unet import unet, unet_paper
+from perpixel.models.segnet import bayesian_segnet_paper, segnet, segnet_paper
+from perpixel.models.segnet_basic import bayesian_segnet_basic_paper, segnet_basic_paper
+from perpixel.models.unet import unet, unet_paper, unet_release_paper
 
 MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "unet": unet,
     "unet_paper": unet_paper,
+    "unet_release_paper": unet_release_paper,
+    "segnet": segnet,
+    "segnet_paper": segnet_paper,
+    "segnet_basic_paper": segnet_basic_paper,
+    "bayesian_segnet_paper": bayesian_segnet_paper,
+    "bayesian_segnet_basic_paper": bayesian_segnet_basic_paper,
 }
 
 # Recommended encoders; `unet` takes every timm network that gives feature maps.
@@ -46,6 +54,16 @@ class ModelRow:
 _PAPERS: dict[str, tuple[str, int, str]] = {
     "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
     "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
+    "unet_release_paper": (
+        "Ronneberger et al., arXiv:1505.04597",
+        2015,
+        "as released: 128 maps in the last up-convolution, ReLU after each",
+    ),
+    "segnet": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "its decoder on any VGG; default vgg16_bn"),
+    "segnet_paper": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "as published: VGG-16 and its mirror"),
+    "segnet_basic_paper": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "as published; variant= seven other decoders of Table 1"),
+    "bayesian_segnet_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet with dropout for Monte Carlo samples"),
+    "bayesian_segnet_basic_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet-Basic with dropout"),
 }
 
 
@@ -149,9 +167,15 @@ __all__ = [
     "InputGeometry",
     "ModelRow",
     "SegmentationModel",
+    "bayesian_segnet_basic_paper",
+    "bayesian_segnet_paper",
     "build",
     "describe",
     "render",
+    "segnet",
+    "segnet_basic_paper",
+    "segnet_paper",
     "unet",
     "unet_paper",
+    "unet_release_paper",
 ]

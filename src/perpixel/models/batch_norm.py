@@ -19,6 +19,46 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 @torch.no_grad()
+def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Running statistics of batch norm from one pass: the averages of the batches' means and of their unbiased variances.
+
+    In place of the moving averages that training leaves, which remember the weights of some steps ago.
+
+    Args:
+        network: in any mode, which is restored; its layers work as in training, so dropout drops.
+        batches: (N, C, H, W), as in training. A variance over m values is multiplied by m / (m - 1).
+
+    Raises:
+        ValueError: if there is no batch.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; SegNet's test-time statistics (arXiv:1511.00561) are made just so.
+    """
+    norms = [norm for norm in batch_norms(network) if norm.running_mean is not None]
+    settings = [(norm, norm.momentum) for norm in norms]
+    modes = [(layer, layer.training) for layer in network.modules()]
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    count = 0
+    network.train()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # PyTorch's word for the average of all batches
+    try:
+        for batch in batches:
+            network(batch)
+            count += 1
+    finally:
+        for norm, momentum in settings:
+            norm.momentum = momentum
+        for layer, mode in modes:
+            layer.training = mode
+    if not count:
+        for norm, buffers in zip(norms, before, strict=True):
+            for buffer, old in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+        raise ValueError("no images to measure batch norm on; give at least one batch")
+
+
+@torch.no_grad()
 def unfold_batch_norm(network: nn.Module, images: Iterable[Tensor]) -> None:
     """Gives batch norm that was folded into a bias the statistics of its real input; in eval mode the network stays the same function.
 

@@ -20,24 +20,38 @@ from perpixel.models.model import Features, InputGeometry, SegmentationModel
 
 
 class UpConvolution(nn.Module):
-    """One step of the expansive path: 2x2 up-convolution, the skip's middle beside it, two unpadded 3x3 convolutions."""
+    """One step of the expansive path: 2x2 up-convolution, the skip's middle beside it, two unpadded 3x3 convolutions.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: maps of the skip and of the result.
+        up_channels: maps of the up-convolution.
+        relu: after the up-convolution, as in the authors' release.
+    """
+
+    def __init__(self, channels: int, up_channels: int, relu: bool) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
-        self.convolve = double_convolution(2 * channels, channels, padding=0, batch_norm=False)
+        self.up = nn.ConvTranspose2d(2 * channels, up_channels, 2, stride=2)
+        self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
+        self.convolve = double_convolution(channels + up_channels, channels, padding=0, batch_norm=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.up(x)
+        x = self.relu(self.up(x))
         return self.convolve(torch.cat([x, center_crop(skip, (x.shape[-2], x.shape[-1]))], dim=1))
 
 
 class UNetPaperDecoder(nn.Module):
-    """The expansive path of Fig. 1; crops 4, 16, 40 and 88 pixels off each side of the skips, coarsest first."""
+    """The expansive path of Fig. 1; crops 4, 16, 40 and 88 pixels off each side of the skips, coarsest first.
 
-    def __init__(self, channels: Sequence[int], classes: int) -> None:
+    Args:
+        channels: maps of the contracting path, finest first.
+        classes: K.
+        release: as the authors released it: ReLU after each up-convolution, and twice as many maps in the last one.
+    """
+
+    def __init__(self, channels: Sequence[int], classes: int, release: bool = False) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(UpConvolution(c) for c in reversed(channels[:-1]))
+        wide = {channels[0]: 2 * channels[0]} if release else {}
+        self.stages = nn.ModuleList(UpConvolution(c, wide.get(c, c), release) for c in reversed(channels[:-1]))
         self.classify = nn.Conv2d(channels[0], classes, 1)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
@@ -58,12 +72,27 @@ def unet_paper(classes: int, in_channels: int = 1, width: int = 64, dropout: flo
 
     Deviations: none in the layer table. The paper leaves open where "the end of the contracting path" drops and how it counts the
     inputs N of an up-convolution in N(0, 2/N): both follow the authors' release (after the last two levels, before the fourth one's
-    skip; N = 4 C_out). The release itself keeps 128 maps in its last up-convolution and puts ReLU after each: Fig. 1 holds here.
+    skip; N = 4 C_out). The release itself differs from Fig. 1: `unet_release_paper`.
     """
+    return _unpadded(classes, in_channels, width, dropout, release=False)
+
+
+def unet_release_paper(classes: int, in_channels: int = 1, width: int = 64, dropout: float = 0.5) -> SegmentationModel:
+    """U-Net as its authors released it (`phseg_v5`): 31,100,354 parameters for 1 band and 2 classes.
+
+    It differs from Fig. 1, that is from `unet_paper`, in two things: ReLU after each of the four up-convolutions, and 128 instead of 64
+    maps in the last one. Sizes, dropout, initial weights and arguments are the same.
+
+    Deviations: none known in the layer table, which was read from ports of the release. Released weights are not imported.
+    """
+    return _unpadded(classes, in_channels, width, dropout, release=True)
+
+
+def _unpadded(classes: int, in_channels: int, width: int, dropout: float, release: bool) -> SegmentationModel:
     if width < 1:
         raise ValueError(f"width is {width}; it must be at least 1")
     encoder = UNetPath(in_channels, width, padding=0, batch_norm=False, dropout=dropout)
-    decoder = UNetPaperDecoder(encoder.channels, classes)
+    decoder = UNetPaperDecoder(encoder.channels, classes, release)
     initialise(encoder)
     initialise(decoder)
     # Each level of unpadded convolutions and the poolings after it fix the phase: input = 16 k + 60, output = 16 k - 124, k >= 8.
