@@ -107,6 +107,7 @@ class TrainSection(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     freeze_batch_norm: bool = False
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
+    loss_reduction: Literal["mean", "sum"] = "mean"  # of cross_entropy over a sample's pixels; "sum" as in FCN
     loss_stride: int = Field(1, ge=1)  # 2: the loss is taken on every second pixel in both directions, in turn
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "median_frequency", "inverse_log"] = "none"
