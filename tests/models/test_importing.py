@@ -93,7 +93,7 @@ def test_without_a_network_true_says_what_to_fetch_and_where_to_name_it(monkeypa
 
 def test_weights_of_another_vgg_are_refused():
     for state in (narrow_vgg("A").state_dict(), narrow_vgg("D", batch_norm=True).state_dict(), {}):
-        with pytest.raises(ValueError, match="not the weights of torchvision's vgg16|holds no fully connected layers"):
+        with pytest.raises(ValueError, match=r"not the weights of torchvision's vgg16|holds no fully connected layers"):
             import_weights(fcn32s_paper(2, width=8), state, "torchvision")
     with pytest.raises(ValueError, match="needs width=64"):
         import_weights(fcn32s_paper(2, width=4), narrow_vgg("D").state_dict(), "torchvision")
@@ -126,7 +126,7 @@ def test_every_key_of_torchvision_s_fcn_resnet101_has_its_place():
         theirs = torchvision_models.segmentation.fcn_resnet101(weights=None, weights_backbone=None, aux_loss=True, num_classes=21)
         ours = fcn_resnet(21, 101)
     import_weights(ours, theirs.state_dict(), "torchvision")
-    with pytest.raises(ValueError, match="has the foreign backbone.layer3.6"):
+    with pytest.raises(ValueError, match=r"has the foreign backbone\.layer3\.6"):
         import_weights(build("fcn_resnet", 21, depth=50), theirs.state_dict(), "torchvision")
 
 
@@ -166,8 +166,10 @@ def blobs(model, caffe_to_ours):
     return made
 
 
-VGG_PLACES = {"conv1_1": (0, 0), "conv1_2": (0, 2), "conv2_1": (1, 0), "conv2_2": (1, 2), "conv3_1": (2, 0), "conv3_2": (2, 2),
-    "conv3_3": (2, 4), "conv4_1": (3, 0), "conv4_2": (3, 2), "conv4_3": (3, 4), "conv5_1": (4, 0), "conv5_2": (4, 2), "conv5_3": (4, 4)}  # fmt: skip
+# Layers of torchvision's path by the number of the stage and in it; every second one is ReLU.
+VGG_PLACES = {
+    f"conv{stage + 1}_{number + 1}": (stage, 2 * number) for stage, count in enumerate((2, 2, 3, 3, 3)) for number in range(count)
+}
 
 
 def test_blobs_of_the_fcn_release_fill_every_layer_by_its_caffe_name(tmp_path):
@@ -200,7 +202,7 @@ def test_blobs_that_do_not_fit_are_refused_with_what_does():
     model = fcn32s_paper(3, width=2)
     with pytest.raises(ValueError, match=r"blob 'score_fr/0' has shape \(21, 4096, 1, 1\), but this model has \(3, 128, 1, 1\)"):
         import_weights(model, {"score_fr/0": np.zeros((21, 4096, 1, 1), np.float32)}, "caffe_npz")
-    with pytest.raises(ValueError, match="no blob has the name of a layer of this model; it has conv1_1, .*, upscore"):
+    with pytest.raises(ValueError, match=r"no blob has the name of a layer of this model; it has conv1_1, .*, upscore"):
         import_weights(model, {"conv/0": np.zeros(3)}, "caffe_npz")
     with pytest.raises(ValueError, match="name it LAYER/0 for weights"):
         import_weights(model, {"conv1_1": np.zeros(3)}, "caffe_npz")
@@ -209,5 +211,5 @@ def test_blobs_that_do_not_fit_are_refused_with_what_does():
 
 
 def test_an_unknown_source_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown source 'keras'. Known: torchvision, timm, caffe_npz, smp"):
+    with pytest.raises(ValueError, match=r"unknown source 'keras'\. Known: torchvision, timm, caffe_npz, smp"):
         import_weights(fcn32s_paper(2, width=1), {}, "keras")

@@ -50,5 +50,5 @@ class CaffeNetPath(nn.Module):
         return Features([first, second, self.drop(self.relu(self.fc7(x)))])
 
     def caffe_layers(self) -> dict[str, str]:
-        """Caffe's name of each layer -> its name here."""
+        """Caffe's name of each layer -> its name here, from the image on."""
         return {name: name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)}

@@ -59,12 +59,12 @@ class FCNPath(nn.Module):
             value.copy_(full[name])
 
     def caffe_layers(self) -> dict[str, str]:
-        """Caffe's name of each layer -> its name here."""
-        names = {"fc6": "fc6", "fc7": "fc7"}
+        """Caffe's name of each layer -> its name here, from the image on."""
+        names: dict[str, str] = {}
         for number, stage in enumerate(self.path.stages):
             convolutions = [index for index, layer in stage.named_children() if isinstance(layer, nn.Conv2d)]
             names |= {f"conv{number + 1}_{i + 1}": f"path.stages.{number}.{index}" for i, index in enumerate(convolutions)}
-        return names
+        return names | {"fc6": "fc6", "fc7": "fc7"}
 
 
 class BilinearDeconvolution(nn.ConvTranspose2d):
