@@ -213,3 +213,29 @@ def test_blobs_that_do_not_fit_are_refused_with_what_does():
 def test_an_unknown_source_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown source 'keras'\. Known: torchvision, timm, caffe_npz, smp"):
         import_weights(fcn32s_paper(2, width=1), {}, "keras")
+
+
+def test_a_unet_of_segmentation_models_pytorch_gives_the_same_logits():
+    """To 1e-5 of the largest; sizes that its own five halvings take."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    theirs = smp.Unet("resnet18", encoder_weights=None, classes=4).eval()
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.running_mean, std=0.1)
+    ours = unet(4, "resnet18", variant="smp").eval()
+    import_weights(ours, theirs.state_dict(), "smp")
+    with torch.inference_mode():
+        image = torch.randn(1, 3, 64, 96)
+        expected = theirs(image)
+        assert (ours(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_unet_of_smp_needs_the_variant_that_has_its_head():
+    with torch.device("meta"):
+        theirs = {f"segmentation_head.0.{name}": value for name, value in nn.Conv2d(16, 4, 3).state_dict().items()}
+        with pytest.raises(ValueError, match=r"the state dict lacks encoder\.network\.conv1\.weight"):
+            import_weights(unet(4, "resnet18", variant="smp"), theirs, "smp")
+    with pytest.raises(ValueError, match="variant is 'keras'; it must be 'smp', or left out"):
+        unet(2, "resnet18", variant="keras")

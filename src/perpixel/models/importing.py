@@ -10,21 +10,31 @@ from torch import Tensor, nn
 from perpixel.models.encoders import TimmEncoder, fit_bands, load_timm
 from perpixel.models.fcn_resnet import FCNResNetDecoder
 from perpixel.models.model import SegmentationModel
+from perpixel.models.unet import UNetDecoder
 
 Source = Literal["torchvision", "timm", "caffe_npz", "smp"]
 Pairs = tuple[tuple[str, str], ...]
 
-# Whole models of torchvision.models.segmentation, by our decoder: (prefix of their keys, prefix of ours).
+# Whole models of torchvision.models.segmentation, by our decoder: (regular expression for the beginning of their keys, ours).
 TORCHVISION_MODELS: dict[type[nn.Module], Pairs] = {
     FCNResNetDecoder: (
-        ("backbone.", "encoder.network."),
-        ("classifier.", "decoder.classifier."),
-        ("aux_classifier.", "decoder.aux_classifier."),
+        (r"backbone\.", "encoder.network."),
+        (r"classifier\.", "decoder.classifier."),
+        (r"aux_classifier\.", "decoder.aux_classifier."),
     ),
 }
 
-# Whole models of segmentation_models.pytorch, by our decoder.
-SMP_MODELS: dict[type[nn.Module], Pairs] = {}
+# Whole models of segmentation_models.pytorch, by our decoder. Their ResNets have torchvision's names, as timm's have.
+SMP_MODELS: dict[type[nn.Module], Pairs] = {
+    UNetDecoder: (
+        (r"encoder\.", "encoder.network."),
+        (r"decoder\.blocks\.(\d+)\.conv1\.0\.", r"decoder.stages.\1.convolve.0."),
+        (r"decoder\.blocks\.(\d+)\.conv1\.1\.", r"decoder.stages.\1.convolve.1."),
+        (r"decoder\.blocks\.(\d+)\.conv2\.0\.", r"decoder.stages.\1.convolve.3."),
+        (r"decoder\.blocks\.(\d+)\.conv2\.1\.", r"decoder.stages.\1.convolve.4."),
+        (r"segmentation_head\.0\.", "decoder.classify."),
+    ),
+}
 
 
 def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], source: Source) -> None:
@@ -36,7 +46,7 @@ def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], sour
     | "torchvision" | `fcn_resnet50`, `fcn_resnet101`, with or without auxiliary head | the whole `fcn_resnet` |
     | "timm" | a network of timm, whole or without its head | the encoder |
     | "caffe_npz" | blobs by name of layer, e.g. of the FCN release | every layer of that name |
-    | "smp" | a model of segmentation_models.pytorch | the whole model |
+    | "smp" | `Unet` of segmentation_models.pytorch on a ResNet | `unet(encoder="resnet..", variant="smp")` |
 
     Caffe's blobs are named "conv1_1/0" (or "conv1_1.weight") for weights and "conv1_1/1" (or "conv1_1.bias") for biases, as arrays or
     tensors; fully connected fc6 and fc7 are reshaped to convolutions. Layers of the model that the file lacks stay as they are (so a
@@ -112,10 +122,11 @@ def _whole(model: SegmentationModel, state: Mapping[str, Tensor], table: Mapping
 
 
 def _renamed(key: str, pairs: Pairs) -> str | None:
-    """Their key in our names; None where no prefix fits."""
+    """Their key in our names; None where no beginning fits."""
     for theirs, ours in pairs:
-        if key.startswith(theirs):
-            return ours + key[len(theirs) :]
+        renamed, fits = re.subn(f"^{theirs}", ours, key)
+        if fits:
+            return renamed
     return None
 
 

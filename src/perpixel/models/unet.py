@@ -115,6 +115,7 @@ class UNetDecoder(nn.Module):
         upsampling: "bilinear" or "nearest".
         image_pooling: append the mean of the coarsest maps to each of their pixels.
         dropout: share of whole maps dropped before the classifier while training.
+        head_kernel: side of the classifier's filters, odd.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class UNetDecoder(nn.Module):
         upsampling: str = "bilinear",
         image_pooling: bool = False,
         dropout: float = 0.0,
+        head_kernel: int = 1,
     ) -> None:
         super().__init__()
         self.plan = decoder_stages(strides, head_stride)
@@ -139,7 +141,7 @@ class UNetDecoder(nn.Module):
             self.stages.append(Stage(incoming, 0 if index is None else channels[index], width, mode))
             incoming = width
         self.drop = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(incoming, classes, 1)
+        self.classify = nn.Conv2d(incoming, classes, head_kernel, padding=head_kernel // 2)
         initialise(self)
         # Small first logits: training starts from a cost of log K whatever the encoder's maps look like.
         nn.init.normal_(self.classify.weight, std=0.01)
@@ -175,6 +177,7 @@ def unet(
     upsampling: str = "bilinear",
     image_pooling: bool = False,
     dropout: float = 0.0,
+    variant: str | None = None,
 ) -> SegmentationModel:
     """U-Net's decoder on any encoder; labels every pixel of the image.
 
@@ -190,10 +193,17 @@ def unet(
         upsampling: "bilinear" or "nearest", between decoder stages.
         image_pooling: give the coarsest maps their mean over the image as context.
         dropout: share of whole maps dropped before the classifier while training.
+        variant: "smp": as `Unet` of segmentation_models.pytorch, with nearest upsampling and 3x3 filters in the classifier, so that
+            its checkpoints can be read (`bundle.import_weights`).
 
     Raises:
         ValueError: for an unknown encoder or illegal option, and for weights that do not belong to the encoder.
     """
+    if variant not in (None, "smp"):
+        raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    head_kernel = 1
+    if variant == "smp":
+        upsampling, head_kernel = "nearest", 3
     path: TimmEncoder | UNetPath
     if encoder == "plain":
         if encoder_weights:
@@ -204,7 +214,9 @@ def unet(
             decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
     else:
         path = timm_encoder(encoder, in_channels, encoder_weights)
-    decoder = UNetDecoder(path.channels, path.strides, classes, decoder_channels, head_stride, upsampling, image_pooling, dropout)
+    decoder = UNetDecoder(
+        path.channels, path.strides, classes, decoder_channels, head_stride, upsampling, image_pooling, dropout, head_kernel
+    )
     coarsest = max(path.strides)
     # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
     return SegmentationModel(path, decoder, classes, InputGeometry(multiple=coarsest, minimum=2 * coarsest))
