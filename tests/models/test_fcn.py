@@ -164,3 +164,11 @@ def test_stages_follow_one_another_from_bundle_to_bundle(sample_set, tmp_path):
         train(sample_set / "images", sample_set / "masks", out=tmp_path / name, recipe=name, steps=1, settings=settings)
         start = tmp_path / name / "last.safetensors"
     assert start.exists()
+
+
+@pytest.mark.parametrize("name", ["fcn", "fcn_resnet"])
+def test_a_plan_gives_the_model_only_options_that_it_has(sample_set, tmp_path, name):
+    options = "{depth: 18}" if name == "fcn_resnet" else "{}"
+    settings = [f"model.name={name}", "model.encoder_weights=null", f"model.options={options}", "train.crop=[64, 64]", "train.batch=1"]
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=[*settings, "train.validations=1"])
+    assert outcome.step == 1
