@@ -292,6 +292,19 @@ def test_uint16_labels_ignore_65535():
         torch.testing.assert_close(loss(logits, wide.to(torch.uint16), ignore=65535), loss(logits, labels))
 
 
+def test_the_summed_cross_entropy_of_a_batch_costs_the_sum_over_pixels_divided_by_the_samples():
+    """Caffe's `normalize: false`, by which FCN was trained: torch's own sum over N; one image gives the plain sum."""
+    logits, labels = scene()
+    expected = F.cross_entropy(logits, labels.long(), ignore_index=VOID, reduction="sum") / len(logits)
+    torch.testing.assert_close(cost(combined([("cross_entropy", 1.0)], reduction="sum")(logits, labels)), expected)
+    counts = (labels != VOID).sum((1, 2))
+    torch.testing.assert_close(cross_entropy(logits, labels, reduction="sum"), cross_entropy(logits, labels) * counts)
+    with pytest.raises(ValueError, match="reduction is 'total'; it must be 'mean' or 'sum'"):
+        cross_entropy(logits, labels, reduction="total")
+    with pytest.raises(ValueError, match="reduction 'sum' is for cross_entropy alone"):
+        combined([("cross_entropy", 1.0), ("dice", 1.0)], reduction="sum")
+
+
 def test_combined_is_the_sum_of_its_terms():
     logits, labels = scene()
     by_class, by_pixel = torch.tensor([0.5, 2.0, 3.0, 7.0]), torch.rand(labels.shape)

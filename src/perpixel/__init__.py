@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perpixel.check import check
     from perpixel.evaluate import evaluate
-    from perpixel.models import build
+    from perpixel.models import build, convolutionize
     from perpixel.predict import Segmenter, load
     from perpixel.tiling import predict_tiled
     from perpixel.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Segmenter", "build", "check", "evaluate", "load", "predict_tiled", "train"]
+__all__ = ["Segmenter", "build", "check", "convolutionize", "evaluate", "load", "predict_tiled", "train"]
 
 _HOME = {
     "Segmenter": "perpixel.predict",
     "build": "perpixel.models",
     "check": "perpixel.check",
+    "convolutionize": "perpixel.models",
     "evaluate": "perpixel.evaluate",
     "load": "perpixel.predict",
     "predict_tiled": "perpixel.tiling",

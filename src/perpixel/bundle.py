@@ -21,7 +21,10 @@ from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
+from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
+
+__all__ = ["Bundle", "Card", "import_weights", "load_bundle", "read_card", "read_tensors", "save_bundle", "save_tensors"]
 
 WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes

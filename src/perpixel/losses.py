@@ -26,6 +26,7 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     pixel_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
     """Weighted sum of the pixels' cross entropies, divided by the NUMBER of labelled pixels.
 
@@ -39,6 +40,7 @@ def cross_entropy(
         class_weights: (K,) factors by class of the pixel.
         pixel_weights: (N, H, W) factors by pixel; they multiply the class weights. A pixel of weight 0 still counts as labelled.
         label_smoothing: share of the target spread evenly over the classes, 0 to 1 (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+        reduction: "sum" leaves the division out, as in FCN and Caffe's `normalize: false`: a sample's pixels add up, samples average.
 
     Returns:
         (N,) losses in nats.
@@ -50,7 +52,7 @@ def cross_entropy(
     logits, labels = _checked(logits, labels, ignore)
     weight = _checked_class_weights(class_weights, logits)
     pixels = F.cross_entropy(logits, labels, weight, ignore_index=ignore, reduction="none", label_smoothing=label_smoothing)
-    return _mean_of_labelled(pixels, labels, ignore, pixel_weights)
+    return _over_labelled(pixels, labels, ignore, pixel_weights, reduction)
 
 
 def focal(
@@ -78,7 +80,7 @@ def focal(
     pixels = miss**gamma * entropy
     if weight is not None:
         pixels = pixels * weight[labels.masked_fill(labels == ignore, 0)]
-    return _mean_of_labelled(pixels, labels, ignore, pixel_weights)
+    return _over_labelled(pixels, labels, ignore, pixel_weights)
 
 
 def dice(logits: Tensor, labels: Tensor, *, ignore: int = 255) -> Tensor:
@@ -144,6 +146,7 @@ class CombinedLoss:
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
     gamma: float = 2.0
+    reduction: str = "mean"
 
     def __call__(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
         """(N,) losses of logits (N, K, H, W) against labels (N, H, W); pixel_weights (N, H, W) reach cross entropy and focal."""
@@ -156,14 +159,14 @@ class CombinedLoss:
 
     def _term(self, name: str, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
         if name == "cross_entropy":
-            smoothing = self.label_smoothing
             return cross_entropy(
                 logits,
                 labels,
                 ignore=self.ignore,
                 class_weights=self.class_weights,
                 pixel_weights=pixel_weights,
-                label_smoothing=smoothing,
+                label_smoothing=self.label_smoothing,
+                reduction=self.reduction,
             )
         if name == "focal":
             weights = self.class_weights
@@ -181,12 +184,13 @@ def combined(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     gamma: float = 2.0,
+    reduction: str = "mean",
 ) -> CombinedLoss:
     """A function (logits, labels, pixel_weights=None) -> (N,) losses: the sum of factor * loss over `terms`.
 
     Args:
         terms: (name in LOSSES, factor > 0), for example [("cross_entropy", 1.0), ("lovasz_softmax", 0.5)].
-        ignore, class_weights, label_smoothing, gamma: as in the single losses. Class weights reach cross entropy and focal only:
+        ignore, class_weights, label_smoothing, gamma, reduction: as in the single losses. Class weights reach cross entropy and focal only:
             Dice and Lovasz give each class the same say by themselves.
 
     Raises:
@@ -199,13 +203,15 @@ def combined(
             raise ValueError(f"unknown loss {name!r}. Known: {', '.join(LOSSES)}")
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"the factor of {name} is {factor}; it must be a positive number. To leave a loss out, remove its term")
-    loss = CombinedLoss(tuple((name, float(factor)) for name, factor in terms), ignore, class_weights, label_smoothing, gamma)
+    loss = CombinedLoss(tuple((name, float(factor)) for name, factor in terms), ignore, class_weights, label_smoothing, gamma, reduction)
     if class_weights is not None and not any(name in _PIXEL_LOSSES for name, _ in terms):
         raise ValueError(f"class weights do nothing to {loss._names()}; add the term cross_entropy or focal, or use class weights none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in 0 to 1")
     if label_smoothing and not any(name == "cross_entropy" for name, _ in terms):
         raise ValueError(f"label_smoothing does nothing to {loss._names()}; add the term cross_entropy, or set it to 0")
+    if reduction != "mean" and [name for name, _ in terms] != ["cross_entropy"]:
+        raise ValueError(f"reduction {reduction!r} is for cross_entropy alone: beside it, {loss._names()} would not be felt; use 'mean'")
     return loss
 
 
@@ -340,13 +346,16 @@ def _checked_class_weights(weights: Tensor | None, logits: Tensor) -> Tensor | N
     return weights.to(logits.device, logits.dtype)
 
 
-def _mean_of_labelled(pixels: Tensor, labels: Tensor, ignore: int, weights: Tensor | None) -> Tensor:
-    """(N,): sum of the pixels' losses (N, H, W), which are 0 where ignored, over the count of labelled pixels."""
+def _over_labelled(pixels: Tensor, labels: Tensor, ignore: int, weights: Tensor | None, reduction: str = "mean") -> Tensor:
+    """(N,): sum of the pixels' losses (N, H, W), which are 0 where ignored; "mean": over the count of labelled pixels."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
     if weights is not None:
         if weights.shape != pixels.shape:
             raise ValueError(f"pixel_weights are {tuple(weights.shape)}; these labels need {tuple(pixels.shape)}")
         pixels = pixels * weights.to(pixels.device, pixels.dtype)
-    return pixels.sum((1, 2)) / (labels != ignore).sum((1, 2)).clamp_min(1)
+    total = pixels.sum((1, 2))
+    return total if reduction == "sum" else total / (labels != ignore).sum((1, 2)).clamp_min(1)
 
 
 def _flat(labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:

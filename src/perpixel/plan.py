@@ -1,5 +1,6 @@
 """From a checked data set and this machine to a full recipe, with one reason per choice."""
 
+import inspect
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from perpixel.check import Check
-from perpixel.models import InputGeometry, build
+from perpixel.models import MODELS, InputGeometry, build
 from perpixel.models.encoders import timm_encoder
 from perpixel.recipe import Recipe, check_parts, merge
 
@@ -116,10 +117,12 @@ def _plan_data(choices: Choices, report: Check) -> None:
 
 def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     name = choices.take("model.name", "unet", "the surest choice from few images to many")
-    if name.endswith("_paper"):
+    if name.endswith("_paper") or (name in MODELS and "encoder" not in inspect.signature(MODELS[name]).parameters):
         return
     weights = _given(choices.given, "model.encoder_weights")
     encoder, reason = _propose_encoder(report, machine, weights)
+    if encoder == "plain" and name != "unet":
+        encoder, reason = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"], f"U-Net's path is no encoder for {name}"
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
     choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
@@ -132,7 +135,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         choices.take("model.encoder_weights", True if online else None, why)
     else:
         choices.take("model.encoder_weights", weights, "as you asked")
-    if not gpu and len(_strides(encoder)) == 5:
+    if name == "unet" and not gpu and len(_strides(encoder)) == 5:
         choices.take("model.options.decoder_channels", [128, 64, 32, 32], "a light decoder: a processor's time goes further")
         choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
         choices.take("model.options.dropout", 0.1, "few images")

@@ -112,6 +112,7 @@ class TrainSection(Section):
     freeze_batch_norm: bool = False
     batch_norm_pass: bool = False  # before each validation, statistics of batch norm from one pass over the training images
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
+    loss_reduction: Literal["mean", "sum"] = "mean"  # of cross_entropy over a sample's pixels; "sum" as in FCN
     loss_stride: int = Field(1, ge=1)  # 2: the loss is taken on every second pixel in both directions, in turn
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "median_frequency", "inverse_log"] | list[ClassWeight] = "none"  # a list is taken as it is

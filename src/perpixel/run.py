@@ -102,7 +102,13 @@ class Run:
         section = self.section
         terms = [(term.name, term.weight) for term in section.loss]
         weights = None if section.border_weights else self.class_weights
-        return combined(terms, ignore=self.label_map.ignore, class_weights=weights, label_smoothing=section.label_smoothing)
+        return combined(
+            terms,
+            ignore=self.label_map.ignore,
+            class_weights=weights,
+            label_smoothing=section.label_smoothing,
+            reduction=section.loss_reduction,
+        )
 
     def _stream(self) -> SampleStream:
         section = self.section

@@ -9,13 +9,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from perpixel.models.convolutional import FullyConvolutional, convolutionize
 from perpixel.models.encoders import EncoderWeights
+from perpixel.models.fcn import fcn, fcn8s_atonce_paper, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, start_from
+from perpixel.models.fcn_resnet import fcn_resnet
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.segnet import bayesian_segnet_paper, segnet, segnet_paper
 from perpixel.models.segnet_basic import bayesian_segnet_basic_paper, segnet_basic_paper
 from perpixel.models.unet import unet, unet_paper, unet_release_paper
 
 MODELS: dict[str, Callable[..., SegmentationModel]] = {
+    "fcn": fcn,
+    "fcn_resnet": fcn_resnet,
+    "fcn32s_paper": fcn32s_paper,
+    "fcn16s_paper": fcn16s_paper,
+    "fcn8s_paper": fcn8s_paper,
+    "fcn8s_atonce_paper": fcn8s_atonce_paper,
+    "fcn32s_alexnet_paper": fcn32s_alexnet_paper,
     "unet": unet,
     "unet_paper": unet_paper,
     "unet_release_paper": unet_release_paper,
@@ -52,6 +62,13 @@ class ModelRow:
 
 
 _PAPERS: dict[str, tuple[str, int, str]] = {
+    "fcn": ("Long et al., arXiv:1411.4038", 2015, "summed scores of any encoder's maps; default resnet34; takes googlenet"),
+    "fcn_resnet": ("Long et al., arXiv:1411.4038", 2015, "torchvision's fcn_resnet50 and 101, with auxiliary head"),
+    "fcn32s_paper": ("Long et al., arXiv:1411.4038", 2015, "VGG-16, padding 100, crop 19; frozen bilinear upsampling"),
+    "fcn16s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool4; starts from FCN-32s"),
+    "fcn8s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool3; starts from FCN-16s"),
+    "fcn8s_atonce_paper": ("Shelhamer et al., arXiv:1605.06211", 2016, "FCN-8s straight from VGG-16, skips scaled"),
+    "fcn32s_alexnet_paper": ("Long et al., arXiv:1411.4038", 2015, "CaffeNet, crop 18"),
     "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
     "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
     "unet_release_paper": (
@@ -164,17 +181,27 @@ __all__ = [
     "ENCODERS",
     "MODELS",
     "Features",
+    "FullyConvolutional",
     "InputGeometry",
     "ModelRow",
     "SegmentationModel",
     "bayesian_segnet_basic_paper",
     "bayesian_segnet_paper",
     "build",
+    "convolutionize",
     "describe",
+    "fcn",
+    "fcn8s_atonce_paper",
+    "fcn8s_paper",
+    "fcn16s_paper",
+    "fcn32s_alexnet_paper",
+    "fcn32s_paper",
+    "fcn_resnet",
     "render",
     "segnet",
     "segnet_basic_paper",
     "segnet_paper",
+    "start_from",
     "unet",
     "unet_paper",
     "unet_release_paper",

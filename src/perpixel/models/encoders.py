@@ -112,10 +112,10 @@ def timm_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None
     if weights is None or weights is False:
         return encoder
     if weights is True:
-        _load(encoder.network, _download(name), f"timm's weights of {name!r}", name)
+        load_timm(encoder.network, _download(name), f"timm's weights of {name!r}", name)
     else:
         state = read_weights(Path(weights))
-        _load(encoder.network, state, str(weights), name)
+        load_timm(encoder.network, state, str(weights), name)
         encoder.batch_norm_folded = batch_norm_is_folded(state)
     return encoder
 
@@ -191,7 +191,7 @@ def _download(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _load(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+def load_timm(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
     """Copies `state`, in timm's keys of the whole network, into the part that makes the maps; all of it must be there."""
     own = network.state_dict()
     given = {_flat(key): value for key, value in state.items()}
@@ -203,12 +203,18 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], source: str, name: st
     if missing or extra:
         parts = [f"{what} {_some(keys)}" for what, keys in (("lacks", missing), ("has the foreign", extra)) if keys]
         raise ValueError(f"{source}: not the weights of encoder {name!r}: it {' and '.join(parts)}. Give the file made for {name!r}")
-    fitted = {key: _fit_bands(given[_flat(key)], value, f"{source}: {key}") for key, value in own.items() if _flat(key) in given}
+    fitted = {key: fit_bands(given[_flat(key)], value, f"{source}: {key}") for key, value in own.items() if _flat(key) in given}
     network.load_state_dict(fitted, strict=False)
 
 
-def _fit_bands(weight: Tensor, target: Tensor, what: str) -> Tensor:
-    """`weight` with as many input bands as `target`, where they differ in nothing else."""
+def fit_bands(weight: Tensor, target: Tensor, what: str) -> Tensor:
+    """The filters `weight` with as many input bands as `target`, where they differ in nothing else.
+
+    Other than 3 bands each get the mean over the 3, times 3 / bands, so that the sum over bands keeps its size.
+
+    Raises:
+        ValueError: naming `what`, where the shapes differ in more.
+    """
     if weight.shape == target.shape:
         return weight
     same_but_bands = weight.ndim == target.ndim == 4 and weight.shape[0] == target.shape[0] and weight.shape[2:] == target.shape[2:]

@@ -133,14 +133,16 @@ class SegmentationModel(nn.Module):
         Raises:
             ValueError: if `image` is not four-dimensional or its size is not legal.
         """
-        logits: Tensor = self.decoder(self.encoder(image), self.labelled_size(image))
+        size = self.labelled_size(image)  # first: its message says more than an encoder's
+        logits: Tensor = self.decoder(self.encoder(image), size)
         return logits
 
     def supervised(self, image: Tensor) -> list[Tensor]:
         """What training takes losses on: the logits as `forward` gives them, then auxiliary ones, as many as `loss_weights`."""
         if not isinstance(self.decoder, SupervisedDecoder):
             return [self(image)]
-        return self.decoder.supervised(self.encoder(image), self.labelled_size(image))
+        size = self.labelled_size(image)
+        return self.decoder.supervised(self.encoder(image), size)
 
     def labelled_size(self, image: Tensor) -> tuple[int, int]:
         """(height, width) of the logits of `image`.

@@ -145,6 +145,7 @@ class UNetDecoder(nn.Module):
         image_pooling: append the mean of the coarsest maps to each of their pixels.
         dropout: share of whole maps dropped before the classifier while training.
         stage_scores: every stage has a classifier of its own, and the logits are their sum, coarse ones resized bilinearly.
+        head_kernel: side of the classifier's filters, odd.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class UNetDecoder(nn.Module):
         image_pooling: bool = False,
         dropout: float = 0.0,
         stage_scores: bool = False,
+        head_kernel: int = 1,
     ) -> None:
         super().__init__()
         self.plan = decoder_stages(strides, head_stride)
@@ -171,7 +173,7 @@ class UNetDecoder(nn.Module):
             incoming = width
         self.drop = nn.Dropout2d(dropout)
         self.coarse_classifiers = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths[:-1] if stage_scores)
-        self.classify = nn.Conv2d(incoming, classes, 1)
+        self.classify = nn.Conv2d(incoming, classes, head_kernel, padding=head_kernel // 2)
         initialise(self)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
@@ -213,6 +215,7 @@ def unet(
     image_pooling: bool = False,
     dropout: float = 0.0,
     stage_scores: bool = False,
+    variant: str | None = None,
 ) -> SegmentationModel:
     """U-Net's decoder on any encoder; labels every pixel of the image.
 
@@ -230,10 +233,17 @@ def unet(
         dropout: share of whole maps dropped before the classifier while training.
         stage_scores: classify at every decoder stage and sum the scores, as FCN does with its skips: what the coarse maps know reaches
             the logits past the finer stages, and a trained encoder is put to use within a few hundred updates.
+        variant: "smp": as `Unet` of segmentation_models.pytorch, with nearest upsampling and 3x3 filters in the classifier, so that
+            its checkpoints can be read (`bundle.import_weights`).
 
     Raises:
         ValueError: for an unknown encoder or illegal option, and for weights that do not belong to the encoder.
     """
+    if variant not in (None, "smp"):
+        raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    head_kernel = 1
+    if variant == "smp":
+        upsampling, head_kernel = "nearest", 3
     path: TimmEncoder | UNetPath
     if encoder == "plain":
         if encoder_weights:
@@ -244,7 +254,7 @@ def unet(
             decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
     else:
         path = timm_encoder(encoder, in_channels, encoder_weights)
-    options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores)
+    options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores, head_kernel)
     decoder = UNetDecoder(path.channels, path.strides, classes, *options)
     coarsest = max(path.strides)
     # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.

@@ -1,0 +1,180 @@
+"""Other people's weights in our models: `import_weights`."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from perpixel.models.encoders import TimmEncoder, fit_bands, load_timm
+from perpixel.models.fcn_resnet import FCNResNetDecoder
+from perpixel.models.model import SegmentationModel
+from perpixel.models.unet import UNetDecoder
+
+Source = Literal["torchvision", "timm", "caffe_npz", "smp"]
+Pairs = tuple[tuple[str, str], ...]
+
+# Whole models of torchvision.models.segmentation, by our decoder: (regular expression for the beginning of their keys, ours).
+TORCHVISION_MODELS: dict[type[nn.Module], Pairs] = {
+    FCNResNetDecoder: (
+        (r"backbone\.", "encoder.network."),
+        (r"classifier\.", "decoder.classifier."),
+        (r"aux_classifier\.", "decoder.aux_classifier."),
+    ),
+}
+
+# Whole models of segmentation_models.pytorch, by our decoder. Their ResNets have torchvision's names, as timm's have.
+SMP_MODELS: dict[type[nn.Module], Pairs] = {
+    UNetDecoder: (
+        (r"encoder\.", "encoder.network."),
+        (r"decoder\.blocks\.(\d+)\.conv1\.0\.", r"decoder.stages.\1.convolve.0."),
+        (r"decoder\.blocks\.(\d+)\.conv1\.1\.", r"decoder.stages.\1.convolve.1."),
+        (r"decoder\.blocks\.(\d+)\.conv2\.0\.", r"decoder.stages.\1.convolve.3."),
+        (r"decoder\.blocks\.(\d+)\.conv2\.1\.", r"decoder.stages.\1.convolve.4."),
+        (r"segmentation_head\.0\.", "decoder.classify."),
+    ),
+}
+
+
+def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], source: Source) -> None:
+    """Gives `model` weights that were trained elsewhere, in place.
+
+    | source | `state_dict` holds | goes into |
+    |---|---|---|
+    | "torchvision" | a classifier that the model's trunk comes from (`vgg16`, `googlenet`) | the trunk, fc6 and fc7 included |
+    | "torchvision" | `fcn_resnet50`, `fcn_resnet101`, with or without auxiliary head | the whole `fcn_resnet` |
+    | "timm" | a network of timm, whole or without its head | the encoder |
+    | "caffe_npz" | blobs by name of layer, e.g. of the FCN release | every layer of that name |
+    | "smp" | `Unet` of segmentation_models.pytorch on a ResNet | `unet(encoder="resnet..", variant="smp")` |
+
+    Caffe's blobs are named "conv1_1/0" (or "conv1_1.weight") for weights and "conv1_1/1" (or "conv1_1.bias") for biases, as arrays or
+    tensors; fully connected fc6 and fc7 are reshaped to convolutions. Layers of the model that the file lacks stay as they are (so a
+    classifier fills the trunk); layers of the file that the model lacks are ignored, as Caffe does by name, but none may fit at all.
+    The bands of the first convolution are turned from BGR to RGB. Its mean cannot be folded in, because zeros of the padding are
+    Caffe's mean colour: give the model images normalised to 255 x - mean, that is mean (0.4811, 0.4575, 0.4079) and deviation 1/255
+    for the RGB mean (122.68, 116.67, 104.01).
+
+    Where the image has other than 3 bands, first filters are averaged over theirs and rescaled (`encoders.fit_bands`).
+
+    Args:
+        model: with random weights or others; on any device.
+        state_dict: names to tensors, and for "caffe_npz" also numpy arrays.
+        source: one of the table.
+
+    Raises:
+        ValueError: if the source is unknown, or the weights are not those of this model; the message names the first that differ.
+    """
+    readers: dict[str, Callable[[SegmentationModel, Mapping[str, Any]], None]] = {
+        "torchvision": _from_torchvision,
+        "timm": _from_timm,
+        "caffe_npz": _from_caffe,
+        "smp": _from_smp,
+    }
+    if source not in readers:
+        raise ValueError(f"unknown source {source!r}. Known: {', '.join(get_args(Source))}")
+    with torch.no_grad():
+        readers[source](model, state_dict)
+
+
+def _from_torchvision(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
+    if any(key.startswith("backbone.") for key in state):
+        _whole(model, state, TORCHVISION_MODELS, "torchvision")
+        return
+    load = getattr(model.encoder, "load_classifier", None)
+    if load is None:
+        raise ValueError(
+            f"{type(model.encoder).__name__} takes no classifier of torchvision; models on VGG and GoogLeNet do, such as fcn8s_paper. "
+            "An encoder of timm takes timm's weights: source='timm'"
+        )
+    load(state, "torchvision's classifier")
+
+
+def _from_timm(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
+    if not isinstance(model.encoder, TimmEncoder):
+        raise ValueError(f"the encoder is {type(model.encoder).__name__}, none of timm's; build the model with encoder=NAME")
+    load_timm(model.encoder.network, state, "timm's weights", model.encoder.name)
+
+
+def _from_smp(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
+    _whole(model, state, SMP_MODELS, "segmentation_models.pytorch")
+
+
+def _whole(model: SegmentationModel, state: Mapping[str, Tensor], table: Mapping[type[nn.Module], Pairs], origin: str) -> None:
+    """Renames the keys of a whole model and copies them; every weight of ours must be there, an auxiliary head apart."""
+    pairs = table.get(type(model.decoder))
+    if pairs is None:
+        known = ", ".join(sorted(decoder.__name__ for decoder in table)) or "none yet"
+        raise ValueError(
+            f"{origin} has no model with a {type(model.decoder).__name__} that can be read; decoders it can be read into: {known}"
+        )
+    renamed = {new: value for key, value in state.items() if (new := _renamed(key, pairs)) is not None}
+    own = model.state_dict()
+    helpers = "aux_classifier" in " ".join(renamed)  # torchvision builds it only on request, and publishes checkpoints with it
+    lacking = [k for k in own if k not in renamed and not k.endswith("num_batches_tracked") and (helpers or ".aux_classifier." not in k)]
+    foreign = [key for key in state if _renamed(key, pairs) not in own]
+    if lacking or foreign:
+        what = f"lacks {lacking[0]}" if lacking else f"has the foreign {foreign[0]}"
+        raise ValueError(f"not the weights of this model as {origin} names them: the state dict {what} (as we name it: {_examples(own)})")
+    fitted = {key: _fitted(value, own[key], key) for key, value in renamed.items()}
+    for key, value in fitted.items():
+        own[key].copy_(value)
+
+
+def _renamed(key: str, pairs: Pairs) -> str | None:
+    """Their key in our names; None where no beginning fits."""
+    for theirs, ours in pairs:
+        renamed, fits = re.subn(f"^{theirs}", ours, key)
+        if fits:
+            return renamed
+    return None
+
+
+def _fitted(value: Tensor, own: Tensor, key: str) -> Tensor:
+    if value.shape == own.shape:
+        return value
+    first = value.ndim == own.ndim == 4 and value.shape[1] == 3 and key.startswith("encoder.")
+    if not first:
+        raise ValueError(f"{key} has shape {tuple(value.shape)}, but this model has {tuple(own.shape)}; build it for the same classes")
+    return fit_bands(value, own, key)
+
+
+def _from_caffe(model: SegmentationModel, state: Mapping[str, Any]) -> None:
+    names = getattr(model.encoder, "caffe_layers", None)
+    if names is None:
+        raise ValueError(f"{type(model.encoder).__name__} has no layers by Caffe's names; FCN's published nets do, such as fcn8s_paper")
+    places = {caffe: f"encoder.{ours}" for caffe, ours in names().items()}
+    layers = getattr(model.decoder, "layers", nn.ModuleDict())
+    places |= {caffe: f"decoder.layers.{caffe}" for caffe in layers}
+    own, first = model.state_dict(), next(iter(names()))
+    found: dict[str, Tensor] = {}
+    for key, blob in state.items():
+        match = re.fullmatch(r"(.+?)[./](0|1|weight|bias)", key)
+        if match is None:
+            raise ValueError(f"blob {key!r}: name it LAYER/0 for weights and LAYER/1 for biases, for example conv1_1/0")
+        layer, part = match[1], "weight" if match[2] in ("0", "weight") else "bias"
+        target = own.get(f"{places[layer]}.{part}") if layer in places else None
+        if target is not None:
+            value = torch.as_tensor(blob).to(target.dtype)
+            found[f"{places[layer]}.{part}"] = _caffe_blob(value, target, key, flip=layer == first and part == "weight")
+    if not found:
+        raise ValueError(f"no blob has the name of a layer of this model; it has {', '.join(places)}")
+    for name, value in found.items():
+        own[name].copy_(value)
+
+
+def _caffe_blob(value: Tensor, target: Tensor, key: str, flip: bool) -> Tensor:
+    if value.numel() == target.numel():
+        value = value.reshape(target.shape)  # old files store biases and fully connected layers with axes of length 1
+    if flip and value.ndim == 4 and value.shape[1] >= 3:  # what follows the three colours, as depth does, keeps its place
+        value = torch.cat([value[:, :3].flip(1), value[:, 3:]], dim=1)
+        value = fit_bands(value, target, key)
+    if value.shape != target.shape:
+        raise ValueError(
+            f"blob {key!r} has shape {tuple(value.shape)}, but this model has {tuple(target.shape)}; build it for the same classes"
+        )
+    return value
+
+
+def _examples(own: Mapping[str, Tensor]) -> str:
+    return ", ".join([*list(own)[:1], *list(own)[-1:]])
