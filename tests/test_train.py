@@ -214,7 +214,7 @@ def test_every_loss_trains(sample_set, tmp_path, tiny_settings, loss):
     assert train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings).step == 2
 
 
-@pytest.mark.parametrize("schedule", ["poly", "one_cycle", "constant"])
+@pytest.mark.parametrize("schedule", ["poly", "one_cycle", "step", "constant"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_every_schedule_and_optimizer_trains(sample_set, tmp_path, tiny_settings, schedule, optimizer):
     settings = [*tiny_settings, f"train.schedule={schedule}", f"train.optimizer={optimizer}", "train.validations=1"]

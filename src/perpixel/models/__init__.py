@@ -9,6 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from perpixel.models.deeplab_v1 import deeplab_v1, deeplab_v1_paper
+from perpixel.models.deeplab_v2 import deeplab_v2, deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
+from perpixel.models.deeplab_v3 import deeplab_v3, deeplab_v3_paper, deeplab_v3_torchvision, deeplab_v3plus, deeplab_v3plus_paper
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.unet import unet, unet_paper
@@ -16,6 +19,16 @@ from perpixel.models.unet import unet, unet_paper
 MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "unet": unet,
     "unet_paper": unet_paper,
+    "deeplab_v1": deeplab_v1,
+    "deeplab_v1_paper": deeplab_v1_paper,
+    "deeplab_v2": deeplab_v2,
+    "deeplab_v2_vgg16_paper": deeplab_v2_vgg16_paper,
+    "deeplab_v2_resnet101_paper": deeplab_v2_resnet101_paper,
+    "deeplab_v3": deeplab_v3,
+    "deeplab_v3_paper": deeplab_v3_paper,
+    "deeplab_v3_torchvision": deeplab_v3_torchvision,
+    "deeplab_v3plus": deeplab_v3plus,
+    "deeplab_v3plus_paper": deeplab_v3plus_paper,
 }
 
 # Recommended encoders; `unet` takes every timm network that gives feature maps.
@@ -46,6 +59,20 @@ class ModelRow:
 _PAPERS: dict[str, tuple[str, int, str]] = {
     "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
     "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
+    "deeplab_v1": ("Chen et al., arXiv:1412.7062", 2015, "its large field of view on any encoder; default resnet34"),
+    "deeplab_v1_paper": ("Chen et al., arXiv:1412.7062", 2015, "as published on VGG-16, without its CRF; 321x321, LargeFOV"),
+    "deeplab_v2": ("Chen et al., arXiv:1606.00915", 2017, "its atrous pyramid on any encoder; default resnet34"),
+    "deeplab_v2_vgg16_paper": ("Chen et al., arXiv:1606.00915", 2017, "as published on VGG-16, without its CRF; 321x321, ASPP-L"),
+    "deeplab_v2_resnet101_paper": (
+        "Chen et al., arXiv:1606.00915",
+        2017,
+        "as published on ResNet-101, without its CRF; three scales, largest score",
+    ),
+    "deeplab_v3": ("Chen et al., arXiv:1706.05587", 2017, "its pyramid with image pooling on any encoder; default resnet34"),
+    "deeplab_v3_paper": ("Chen et al., arXiv:1706.05587", 2017, "as published on ResNet-101; 513x513, output stride 16"),
+    "deeplab_v3_torchvision": ("Chen et al., arXiv:1706.05587", 2017, "torchvision's deeplabv3_resnet50, to take its weights"),
+    "deeplab_v3plus": ("Chen et al., arXiv:1802.02611", 2018, "v3 with a finer map in its decoder, on any encoder; default resnet34"),
+    "deeplab_v3plus_paper": ("Chen et al., arXiv:1802.02611", 2018, "as published on ResNet-101; 513x513, output stride 16"),
 }
 
 
@@ -148,6 +175,16 @@ __all__ = [
     "ModelRow",
     "SegmentationModel",
     "build",
+    "deeplab_v1",
+    "deeplab_v1_paper",
+    "deeplab_v2",
+    "deeplab_v2_vgg16_paper",
+    "deeplab_v2_resnet101_paper",
+    "deeplab_v3",
+    "deeplab_v3_paper",
+    "deeplab_v3_torchvision",
+    "deeplab_v3plus",
+    "deeplab_v3plus_paper",
     "describe",
     "render",
     "unet",

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from perpixel.models.layers import double_convolution
 from perpixel.models.model import Features
@@ -66,6 +67,7 @@ class TimmEncoder(nn.Module):
         strides: of each map.
         batch_norm_folded: the loaded file carried batch norm as biases only (mean 0, variance 1 - eps, scale 1); the statistics
             must then be measured anew before batch norm is trained.
+        pad_to: sides of an image are brought to multiples of this, by zeros at the right and below; the maps cover those too.
     """
 
     def __init__(self, name: str, in_channels: int, output_stride: int | None = None) -> None:
@@ -76,10 +78,14 @@ class TimmEncoder(nn.Module):
         self.channels: list[int] = list(info.channels())  # type: ignore[union-attr, operator]
         self.strides: list[int] = list(info.reduction())  # type: ignore[union-attr, operator]
         self.batch_norm_folded = False
+        self.pad_to = 1
         layout = getattr(self.network, "output_fmt", None)
         self._maps_are_nhwc = getattr(layout, "value", "NCHW") == "NHWC"
 
     def forward(self, image: Tensor) -> Features:
+        down, right = (-side % self.pad_to for side in image.shape[-2:])
+        if down or right:
+            image = functional.pad(image, (0, right, 0, down))
         try:
             maps: list[Tensor] = list(self.network(image))
         except AssertionError as error:  # timm's way of saying so
@@ -112,10 +118,10 @@ def timm_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None
     if weights is None or weights is False:
         return encoder
     if weights is True:
-        _load(encoder.network, _download(name), f"timm's weights of {name!r}", name)
+        load_timm(encoder.network, _download(name), f"timm's weights of {name!r}", name)
     else:
         state = read_weights(Path(weights))
-        _load(encoder.network, state, str(weights), name)
+        load_timm(encoder.network, state, str(weights), name)
         encoder.batch_norm_folded = batch_norm_is_folded(state)
     return encoder
 
@@ -191,7 +197,7 @@ def _download(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _load(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+def load_timm(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
     """Copies `state`, in timm's keys of the whole network, into the part that makes the maps; all of it must be there."""
     own = network.state_dict()
     given = {_flat(key): value for key, value in state.items()}
@@ -203,12 +209,18 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], source: str, name: st
     if missing or extra:
         parts = [f"{what} {_some(keys)}" for what, keys in (("lacks", missing), ("has the foreign", extra)) if keys]
         raise ValueError(f"{source}: not the weights of encoder {name!r}: it {' and '.join(parts)}. Give the file made for {name!r}")
-    fitted = {key: _fit_bands(given[_flat(key)], value, f"{source}: {key}") for key, value in own.items() if _flat(key) in given}
+    fitted = {key: fit_bands(given[_flat(key)], value, f"{source}: {key}") for key, value in own.items() if _flat(key) in given}
     network.load_state_dict(fitted, strict=False)
 
 
-def _fit_bands(weight: Tensor, target: Tensor, what: str) -> Tensor:
-    """`weight` with as many input bands as `target`, where they differ in nothing else."""
+def fit_bands(weight: Tensor, target: Tensor, what: str) -> Tensor:
+    """The filters `weight` with as many input bands as `target`, where they differ in nothing else.
+
+    Other than 3 bands each get the mean over the 3, times 3 / bands, so that the sum over bands keeps its size.
+
+    Raises:
+        ValueError: naming `what`, where the shapes differ in more.
+    """
     if weight.shape == target.shape:
         return weight
     same_but_bands = weight.ndim == target.ndim == 4 and weight.shape[0] == target.shape[0] and weight.shape[2:] == target.shape[2:]
