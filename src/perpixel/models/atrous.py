@@ -185,7 +185,8 @@ def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = No
 
     Args:
         name, in_channels, weights: as for `timm_encoder`.
-        output_stride: 8 or 16; 32, or whatever the network has by itself, leaves it as it is. None: 16 where it can dilate, otherwise its own.
+        output_stride: 8 or 16; 32, or whatever the network has by itself, leaves it as it is. None: 16 where it can dilate, otherwise
+            its own.
 
     Raises:
         ValueError: as `timm_encoder`; and where the network cannot have `output_stride`, with the names of those that can.

@@ -191,7 +191,7 @@ def with_side_branches(model: SegmentationModel, dropout: float = 0.5) -> Segmen
         raise ValueError("side branches go on a deeplab_v1_paper without them (multi_scale=False)")
     encoder = vgg_trunk(_bands(trunk), trunk.channels[0], image_beside=True)
     encoder.load_state_dict(trunk.state_dict())
-    classifier: AtrousClassifier = old.head[1]  # type: ignore[index, assignment]
+    classifier: AtrousClassifier = old.head[1]  # type: ignore[index]
     fc6 = Fc6(classifier.fc6.kernel_size[0], classifier.fc6.dilation[0], classifier.fc6.out_channels)
     head = nn.Sequential(old.head[0], AtrousClassifier(encoder.channels[-1], model.classes, fc6, classifier.drop.p))  # type: ignore[index]
     head.load_state_dict(old.head.state_dict())

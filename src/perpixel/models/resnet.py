@@ -133,7 +133,7 @@ class ResNetPath(nn.Module):
     def forward(self, image: Tensor) -> Features:
         x = self.pool(self.stem(image))
         fine = x
-        for number, unit in enumerate(self.blocks[0]):
+        for number, unit in enumerate(self.blocks[0].children()):
             x = unit(x)
             if number == self.fine_unit:
                 fine = x
@@ -159,7 +159,7 @@ def _tame(path: ResNetPath, units: int) -> None:
     """
     for layer in path.modules():
         if isinstance(layer, Unit):
-            layer.expand[0].weight.data.mul_(units**-0.5)  # type: ignore[union-attr, operator]
+            layer.expand[0].weight.data.mul_(units**-0.5)  # type: ignore[operator]
 
 
 def load_own_weights(encoder: nn.Module, weights: EncoderWeights) -> None:
