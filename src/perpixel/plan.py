@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from perpixel.check import Check
-from perpixel.models import InputGeometry, build
+from perpixel.models import MODELS, InputGeometry, build
 from perpixel.models.encoders import timm_encoder
 from perpixel.recipe import Recipe, check_parts, merge
 
@@ -116,10 +117,13 @@ def _plan_data(choices: Choices, report: Check) -> None:
 
 def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     name = choices.take("model.name", "unet", "the surest choice from few images to many")
-    if name.endswith("_paper"):
+    options = signature(MODELS[name]).parameters if name in MODELS else {}  # `build` refuses unknown names
+    if "encoder" not in options:
         return
     weights = _given(choices.given, "model.encoder_weights")
     encoder, reason = _propose_encoder(report, machine, weights)
+    if encoder == "plain" and name != "unet":
+        encoder, reason = options["encoder"].default, f"the default of {name}"
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
     if encoder == "plain":
@@ -131,7 +135,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         choices.take("model.encoder_weights", True if online else None, why)
     else:
         choices.take("model.encoder_weights", weights, "as you asked")
-    if not gpu and len(_strides(encoder)) == 5:
+    if not gpu and "decoder_channels" in options and len(_strides(encoder)) == 5:
         choices.take("model.options.decoder_channels", [128, 64, 32, 32], "a light decoder: a processor's time goes further")
         choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
         choices.take("model.options.dropout", 0.1, "few images")
