@@ -195,5 +195,5 @@ def test_torchvision_s_layout_has_torchvision_s_parameters(depth, count):
 
 
 def test_foreign_keys_are_refused_by_name():
-    with pytest.raises(ValueError, match="'fc.weight' is no key"):
+    with pytest.raises(ValueError, match=r"'fc\.weight' is no key"):
         deeplab_v3_state({"fc.weight": torch.zeros(1)})
