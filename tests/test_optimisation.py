@@ -17,6 +17,13 @@ def test_poly_is_the_formula_of_deeplab_v2_after_the_warm_up():
     assert [learning_rate(section, i / 10) for i in range(10)] == pytest.approx([(1 - i / 10) ** 0.9 for i in range(10)])
 
 
+def test_step_is_a_tenth_after_each_third_of_the_run():
+    """DeepLab v1's solver: base_lr 0.001, gamma 0.1, stepsize 2000, max_iter 6000."""
+    section = TrainSection(schedule="step", warmup=0.0)
+    rates = [learning_rate(section, iteration / 6000) for iteration in (0, 1999, 2000, 3999, 4000, 5999, 6000)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
 def test_one_cycle_rises_to_one_and_falls_to_zero():
     section = TrainSection(schedule="one_cycle", warmup=0.25)
     rates = [learning_rate(section, i / 100) for i in range(101)]

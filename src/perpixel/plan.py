@@ -1,6 +1,5 @@
 """From a checked data set and this machine to a full recipe, with one reason per choice."""
 
-import inspect
 import math
 import os
 import re
@@ -8,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -117,15 +117,18 @@ def _plan_data(choices: Choices, report: Check) -> None:
 
 def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     name = choices.take("model.name", "unet", "the surest choice from few images to many")
-    if name.endswith("_paper") or (name in MODELS and "encoder" not in inspect.signature(MODELS[name]).parameters):
+    options = signature(MODELS[name]).parameters if name in MODELS else {}  # `build` refuses unknown names
+    if "encoder" not in options:
         return
     weights = _given(choices.given, "model.encoder_weights")
     encoder, reason = _propose_encoder(report, machine, weights)
-    if encoder == "plain" and name != "unet":
-        encoder, reason = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"], f"U-Net's path is no encoder for {name}"
+    default = options["encoder"].default
+    if name != "unet" and (encoder == "plain" or (default.startswith("vgg") and not encoder.startswith("vgg"))):
+        encoder, reason = default, f"the default of {name}"
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
-    choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
+    if "stage_scores" in options:
+        choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
     if encoder == "plain":
         choices.take("model.options.width", 64 if gpu else 16, "the paper's width" if gpu else "narrow: a processor's time goes further")
         return
@@ -135,7 +138,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         choices.take("model.encoder_weights", True if online else None, why)
     else:
         choices.take("model.encoder_weights", weights, "as you asked")
-    if name == "unet" and not gpu and len(_strides(encoder)) == 5:
+    if not gpu and "decoder_channels" in options and len(_strides(encoder)) == 5:
         choices.take("model.options.decoder_channels", [128, 64, 32, 32], "a light decoder: a processor's time goes further")
         choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
         choices.take("model.options.dropout", 0.1, "few images")

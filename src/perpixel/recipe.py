@@ -103,7 +103,7 @@ class TrainSection(Section):
     encoder_lr_scale: float = Field(1.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-2, ge=0)
-    schedule: Literal["poly", "one_cycle", "constant"] = "one_cycle"
+    schedule: Literal["poly", "one_cycle", "step", "constant"] = "one_cycle"
     warmup: float = Field(0.1, ge=0, lt=1)
     poly_power: float = Field(0.9, gt=0)
     clip: float | None = Field(1.0, gt=0)

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from perpixel.models.convolutional import FullyConvolutional, convolutionize
+from perpixel.models.deeplab_v1 import deeplab_v1, deeplab_v1_paper
+from perpixel.models.deeplab_v2 import deeplab_v2, deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
+from perpixel.models.deeplab_v3 import deeplab_v3, deeplab_v3_paper, deeplab_v3_torchvision, deeplab_v3plus, deeplab_v3plus_paper
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.fcn import fcn, fcn8s_atonce_paper, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, start_from
 from perpixel.models.fcn_resnet import fcn_resnet
@@ -34,6 +37,16 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "segnet_basic_paper": segnet_basic_paper,
     "bayesian_segnet_paper": bayesian_segnet_paper,
     "bayesian_segnet_basic_paper": bayesian_segnet_basic_paper,
+    "deeplab_v1": deeplab_v1,
+    "deeplab_v1_paper": deeplab_v1_paper,
+    "deeplab_v2": deeplab_v2,
+    "deeplab_v2_vgg16_paper": deeplab_v2_vgg16_paper,
+    "deeplab_v2_resnet101_paper": deeplab_v2_resnet101_paper,
+    "deeplab_v3": deeplab_v3,
+    "deeplab_v3_paper": deeplab_v3_paper,
+    "deeplab_v3_torchvision": deeplab_v3_torchvision,
+    "deeplab_v3plus": deeplab_v3plus,
+    "deeplab_v3plus_paper": deeplab_v3plus_paper,
 }
 
 # Recommended encoders; `unet` takes every timm network that gives feature maps.
@@ -81,6 +94,20 @@ _PAPERS: dict[str, tuple[str, int, str]] = {
     "segnet_basic_paper": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "as published; variant= seven other decoders of Table 1"),
     "bayesian_segnet_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet with dropout for Monte Carlo samples"),
     "bayesian_segnet_basic_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet-Basic with dropout"),
+    "deeplab_v1": ("Chen et al., arXiv:1412.7062", 2015, "its large field of view on any encoder; default resnet34"),
+    "deeplab_v1_paper": ("Chen et al., arXiv:1412.7062", 2015, "as published on VGG-16, without its CRF; 321x321, LargeFOV"),
+    "deeplab_v2": ("Chen et al., arXiv:1606.00915", 2017, "its atrous pyramid on any encoder; default resnet34"),
+    "deeplab_v2_vgg16_paper": ("Chen et al., arXiv:1606.00915", 2017, "as published on VGG-16, without its CRF; 321x321, ASPP-L"),
+    "deeplab_v2_resnet101_paper": (
+        "Chen et al., arXiv:1606.00915",
+        2017,
+        "as published on ResNet-101, without its CRF; three scales, largest score",
+    ),
+    "deeplab_v3": ("Chen et al., arXiv:1706.05587", 2017, "its pyramid with image pooling on any encoder; default resnet34"),
+    "deeplab_v3_paper": ("Chen et al., arXiv:1706.05587", 2017, "as published on ResNet-101; 513x513, output stride 16"),
+    "deeplab_v3_torchvision": ("Chen et al., arXiv:1706.05587", 2017, "torchvision's deeplabv3_resnet50, to take its weights"),
+    "deeplab_v3plus": ("Chen et al., arXiv:1802.02611", 2018, "v3 with a finer map in its decoder, on any encoder; default resnet34"),
+    "deeplab_v3plus_paper": ("Chen et al., arXiv:1802.02611", 2018, "as published on ResNet-101; 513x513, output stride 16"),
 }
 
 
@@ -189,6 +216,16 @@ __all__ = [
     "bayesian_segnet_paper",
     "build",
     "convolutionize",
+    "deeplab_v1",
+    "deeplab_v1_paper",
+    "deeplab_v2",
+    "deeplab_v2_resnet101_paper",
+    "deeplab_v2_vgg16_paper",
+    "deeplab_v3",
+    "deeplab_v3_paper",
+    "deeplab_v3_torchvision",
+    "deeplab_v3plus",
+    "deeplab_v3plus_paper",
     "describe",
     "fcn",
     "fcn8s_atonce_paper",

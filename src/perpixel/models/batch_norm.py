@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -95,3 +96,25 @@ def unfold_batch_norm(network: nn.Module, images: Iterable[Tensor]) -> None:
         norm.weight.copy_(slope * (variance + norm.eps).sqrt())
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm that always uses its statistics as loaded, and whose scale and bias are not trained: (N, C, H, W) -> (N, C, H, W).
+
+    No batch norm to the rest of the house: nothing sets its mode, measures it anew or synchronises it. Source: `use_global_stats` and
+    learning rate 0 in the released DeepLab v2 nets on ResNet-101.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)

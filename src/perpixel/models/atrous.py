@@ -1,0 +1,244 @@
+"""Atrous convolution, and what DeepLab's four versions build on it: the pyramid, enlarging of scores, decoders, dilated encoders."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
+from perpixel.models.layers import initialise
+from perpixel.models.model import Features
+
+CAN_DILATE = "resnet18/34/50/101, vgg11 to vgg19 (with or without _bn), mobilenetv2_100, efficientnet_b0, convnext_*, regnety_*"
+
+
+def field_of_view(kernel: int, rate: int) -> int:
+    """Pixels from the first to the last that an atrous kernel touches: k + (k - 1)(r - 1).
+
+    Source: Chen et al. 2017, arXiv:1606.00915, section 3.1.
+    """
+    return kernel + (kernel - 1) * (rate - 1)
+
+
+def atrous_convolution(channels_in: int, channels_out: int, kernel: int, rate: int, bias: bool = True) -> nn.Conv2d:
+    """A convolution whose taps lie `rate` pixels apart: (N, C, H, W) -> (N, C', H, W), the size kept by zeros at each side.
+
+    It equals a convolution with a kernel of side `field_of_view(kernel, rate)` that is zero between the taps, at the price of the
+    small kernel. Half the holes go to each side, for even kernels too: 4 taps at rate 4 lie at -6, -2, 2 and 6.
+
+    Raises:
+        ValueError: if kernel or rate is below 1, or the padding would not be the same at both sides (even kernel at odd rate).
+    """
+    if kernel < 1 or rate < 1:
+        raise ValueError(f"kernel is {kernel} and rate {rate}; both must be at least 1")
+    holes = field_of_view(kernel, rate) - 1
+    if holes % 2:
+        raise ValueError(f"kernel {kernel} at rate {rate} has no middle; an even kernel keeps the size of a map at even rates only")
+    return nn.Conv2d(channels_in, channels_out, kernel, padding=holes // 2, dilation=rate, bias=bias)
+
+
+def zoom(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer."""
+    if x.shape[-2:] == size:
+        return x
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def enlarge_cells(x: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """(N, C, h, w) -> (N, C, *size), bilinear, in float32 at least, where each pixel of `x` stands for `stride` by `stride` pixels.
+
+    What lies beyond `size` is cut off at the right and below: there the encoder had padded the image to whole cells. A pixel's
+    logits thus come from the same place of a cell whatever the size of the image.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    whole = (x.shape[-2] * stride, x.shape[-1] * stride)
+    return functional.interpolate(x, size=whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+
+
+class ContextNorm(nn.BatchNorm2d):
+    """Batch norm that takes its running statistics, unchanged, where a batch gives it one value a channel: that has no variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+def normalised(convolution: nn.Conv2d, momentum: float = 0.1, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
+    return nn.Sequential(convolution, norm(convolution.out_channels, momentum=momentum), nn.ReLU(inplace=True))
+
+
+class AtrousPyramid(nn.Module):
+    """Atrous spatial pyramid pooling with batch norm: (N, C, H, W) -> (N, width, H, W).
+
+    A 1x1 convolution, a 3x3 one at each rate and the mean over the image, each `width` maps; concatenated (the mean first, then the
+    1x1, then the rates), mixed by a 1x1 convolution. While training on a batch of one, the norm behind the mean has a single value a
+    channel and uses its running statistics (`ContextNorm`).
+
+    Source: Chen et al. 2017, arXiv:1706.05587, Fig. 5 and section 3.3; the order is that of the authors' TensorFlow code.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        rates: Sequence[int],
+        width: int = 256,
+        image_pooling: bool = True,
+        dropout: float = 0.1,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.context = normalised(nn.Conv2d(channels_in, width, 1, bias=False), momentum, ContextNorm) if image_pooling else None
+        kernels = [(1, 1), *((3, rate) for rate in rates)]
+        self.branches = nn.ModuleList(
+            normalised(atrous_convolution(channels_in, width, kernel, rate, bias=False), momentum) for kernel, rate in kernels
+        )
+        count = len(kernels) + bool(image_pooling)
+        self.project = normalised(nn.Conv2d(count * width, width, 1, bias=False), momentum)
+        self.drop = nn.Dropout(dropout)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [branch(x) for branch in self.branches]
+        if self.context is not None:
+            # Added to zeros in place of a mere expand: the sum keeps the memory format of the maps, and cat with it.
+            maps.insert(0, torch.zeros_like(maps[0]) + self.context(x.mean((2, 3), keepdim=True)))
+        return self.drop(self.project(torch.cat(maps, dim=1)))
+
+
+class SummedPyramid(nn.Module):
+    """Scores as the sum of 3x3 convolutions at several rates: (N, C, H, W) -> (N, K, H, W); weights from N(0, 0.01), biases 0.
+
+    Source: Chen et al. 2017, arXiv:1606.00915, section 3.2, on ResNet-101.
+    """
+
+    def __init__(self, channels_in: int, classes: int, rates: Sequence[int]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(atrous_convolution(channels_in, classes, 3, rate) for rate in rates)
+        small_scores(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return summed([branch(x) for branch in self.branches])
+
+
+def summed(maps: Sequence[Tensor]) -> Tensor:
+    """The sum of maps of one size."""
+    total = maps[0]
+    for more in maps[1:]:
+        total = total + more
+    return total
+
+
+def small_scores(module: nn.Module, std: float = 0.01) -> None:
+    """Weights of the convolutions in `module`, which give scores, from N(0, std), their biases 0, in place."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class CornerDecoder(nn.Module):
+    """A head on the coarsest map; its scores are enlarged with corners on corners, as the papers do."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def scores(self, features: Features) -> Tensor:
+        """(N, K, h, w) at the size of the coarsest map."""
+        scores: Tensor = self.head(features.maps[-1])
+        return scores
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        return zoom(self.scores(features), size)
+
+
+class CoarselyTrainedDecoder(CornerDecoder):
+    """Trained on its scores before they are enlarged, against every eighth label: DeepLab v1 and v2."""
+
+    loss_weights: tuple[float, ...] = (0.0, 1.0)
+
+    def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
+        scores = self.scores(features)
+        return [zoom(scores, size), scores]
+
+
+class CellDecoder(nn.Module):
+    """A head on the coarsest map of any encoder, each pixel of it a cell of `stride` by `stride` pixels of the image."""
+
+    def __init__(self, head: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.head, self.stride = head, stride
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        return enlarge_cells(self.head(features.maps[-1]), size, self.stride)
+
+
+def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None, output_stride: int | None = None) -> TimmEncoder:
+    """An encoder from timm whose coarsest map has the stride asked for, by atrous convolution in its last stages.
+
+    It pads images with zeros, at the right and below, to whole cells of its coarsest map: it takes any size.
+
+    Args:
+        name, in_channels, weights: as for `timm_encoder`.
+        output_stride: 8 or 16; 32, or whatever the network has by itself, leaves it as it is. None: 16 where it can dilate, otherwise
+            its own.
+
+    Raises:
+        ValueError: as `timm_encoder`; and where the network cannot have `output_stride`, with the names of those that can.
+
+    Poolings of VGG that no longer subsample become 3x3 with stride 1, as in DeepLab v1; what follows them is dilated. Swin and
+    plain ViT cannot dilate (32 and 16 are what they have), nor can networks of which timm does not know it.
+    """
+    if name == "plain":
+        raise ValueError(f"encoder 'plain' is U-Net's own; DeepLab takes timm's networks. These can dilate: {CAN_DILATE}")
+    wanted = 16 if output_stride is None else output_stride
+    if wanted not in (8, 16, 32):
+        raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
+    if name.startswith("vgg"):
+        encoder = timm_encoder(name, in_channels, weights)
+        if encoder.strides[-1] > wanted:
+            dilate_vgg(encoder, wanted)
+    else:
+        encoder = _dilated(name, in_channels, weights, wanted, natural=output_stride is None)
+    encoder.pad_to = encoder.strides[-1]
+    return encoder
+
+
+def _dilated(name: str, in_channels: int, weights: EncoderWeights, wanted: int, natural: bool) -> TimmEncoder:
+    """Dilated by timm; or as it is where that is what is wanted, or where anything is and it cannot dilate (`natural`)."""
+    if wanted < 32:
+        try:
+            encoder = timm_encoder(name, in_channels, None, wanted)
+        except ValueError as error:
+            if "unknown encoder" in str(error) or "in_channels" in str(error):
+                raise
+        else:
+            if encoder.strides[-1] == wanted:
+                return timm_encoder(name, in_channels, weights, wanted) if weights else encoder
+    encoder = timm_encoder(name, in_channels, weights)
+    if not natural and encoder.strides[-1] != wanted:
+        raise ValueError(
+            f"encoder {name!r} cannot have output stride {wanted}; its own is {encoder.strides[-1]}: leave output_stride out, or take one "
+            f"that can dilate: {CAN_DILATE}"
+        )
+    return encoder
+
+
+def dilate_vgg(encoder: TimmEncoder, output_stride: int) -> None:
+    """Poolings beyond `output_stride` become 3x3 with stride 1, convolutions after each dilate twice as much; in place."""
+    stride, rate = 1, 1
+    for name, layer in list(encoder.network.named_children()):
+        if isinstance(layer, nn.MaxPool2d):
+            if stride < output_stride:
+                stride *= 2
+            else:
+                encoder.network.add_module(name, nn.MaxPool2d(3, stride=1, padding=1))
+                rate *= 2
+        elif isinstance(layer, nn.Conv2d):
+            layer.dilation = layer.padding = (rate, rate)
+    encoder.strides = [min(own, output_stride) for own in encoder.strides]

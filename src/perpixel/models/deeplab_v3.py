@@ -1,0 +1,311 @@
+"""DeepLab v3 and v3+. Source: Chen et al. 2017, arXiv:1706.05587, and Chen et al. 2018, arXiv:1802.02611."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, enlarge_cells, normalised, small_scores, zoom
+from perpixel.models.encoders import EncoderWeights, timm_encoder
+from perpixel.models.layers import initialise, resize_logits
+from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
+
+# PyTorch counts the new share of a running mean, TensorFlow the old: decay 0.9997 (arXiv:1706.05587, section 4.1).
+MOMENTUM = 0.0003
+
+
+def pyramid_rates(output_stride: int) -> tuple[int, int, int]:
+    """6, 12 and 18 at output stride 16 and above, doubled at 8. Source: arXiv:1706.05587, section 3.3."""
+    return (12, 24, 36) if output_stride == 8 else (6, 12, 18)
+
+
+class FineDecoder(nn.Module):
+    """Decoder of v3+: the pyramid's maps beside 48 of a finer one, two 3x3 convolutions, scores.
+
+    Args:
+        channels: of the fine and of the coarse map.
+        classes: K.
+        rates: of the pyramid.
+        width: maps of pyramid and decoder.
+        fine_width: maps that the fine one is reduced to (arXiv:1802.02611, table 1).
+        stride: None enlarges with corners on corners, as published; a number takes each pixel of the fine map for a cell of
+            `stride` by `stride` pixels.
+        fine, coarse: which of the encoder's maps these are.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        classes: int,
+        rates: Sequence[int],
+        width: int = 256,
+        fine_width: int = 48,
+        image_pooling: bool = True,
+        dropout: float = 0.1,
+        momentum: float = 0.1,
+        stride: int | None = None,
+        fine: int = 0,
+    ) -> None:
+        super().__init__()
+        self.stride, self.fine = stride, fine
+        self.reduce = normalised(nn.Conv2d(channels[0], fine_width, 1, bias=False), momentum)
+        convolutions = [nn.Conv2d(before, width, 3, padding=1, bias=False) for before in (width + fine_width, width)]
+        self.convolve = nn.Sequential(*(normalised(layer, momentum) for layer in convolutions))
+        self.classify = nn.Conv2d(width, classes, 1)
+        initialise(self)
+        small_scores(self.classify)
+        self.pyramid = AtrousPyramid(channels[1], rates, width, image_pooling, dropout, momentum)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        fine = self.reduce(features.maps[self.fine])
+        coarse, shape = self.pyramid(features.maps[-1]), (fine.shape[-2], fine.shape[-1])
+        if self.stride is None:
+            coarse = zoom(coarse, shape)
+        elif coarse.shape[-2:] != shape:
+            coarse = enlarge_cells(coarse, shape, shape[0] // coarse.shape[-2])
+        x = self.classify(self.convolve(torch.cat([coarse.to(fine.dtype), fine], dim=1)))
+        return zoom(x, size) if self.stride is None else enlarge_cells(x, size, self.stride)
+
+
+def _scores_of(pyramid: AtrousPyramid, width: int, classes: int) -> nn.Sequential:
+    classify = nn.Conv2d(width, classes, 1)
+    small_scores(classify)
+    return nn.Sequential(pyramid, classify)
+
+
+def deeplab_v3_paper(
+    classes: int,
+    in_channels: int = 3,
+    encoder_weights: EncoderWeights = None,
+    depth: int = 101,
+    modules: str = "aspp",
+    blocks: int | None = None,
+    multi_grid: Sequence[int] = (1, 2, 4),
+    output_stride: int = 16,
+    image_pooling: bool | None = None,
+    variant: str = "beta",
+    dropout: float = 0.1,
+    width: int = 64,
+) -> SegmentationModel:
+    """DeepLab v3 as published; 58,164,437 parameters for 21 classes.
+
+    Args:
+        classes: K.
+        in_channels: bands of the image.
+        encoder_weights: a file of this encoder's own weights, or None.
+        depth: 50 or 101 layers.
+        modules: "aspp", the pyramid behind block 4, or "cascade", blocks 5 to 7 as copies of block 4.
+        blocks: the last block, 4 to 7; None: 4 with "aspp" (nothing else is defined), 7 with "cascade".
+        multi_grid: factors on the rates of the three units of block 4 and later.
+        output_stride: 8, 16 or 32; a cascade also of the larger ones of table 1, up to 256. Weights fit every one, so that a model may
+            be trained at 16 and predict at 8.
+        image_pooling: the mean over the image in the pyramid; None: with "aspp".
+        variant: the layers before the first pooling: "beta", three 3x3 convolutions as in the released code, or "7x7" (58,040,661).
+        dropout: share of values dropped before the scores of the pyramid.
+        width: maps of the stem; 64 in the paper. The pyramid's 256 follow it.
+
+    Strides sit in the last unit of a block, as in TensorFlow's slim. Logits are enlarged with corners on corners and trained at full
+    size. While training on a batch of one image, the norm behind the image pooling has one value a channel, and uses its running
+    statistics.
+
+    Deviations: sides are 16 k + 1 (513, 769), where TensorFlow's "same" padding, which we do not have, agrees with a symmetric one. The
+    scores' first weights are from N(0, 0.01), others by He et al.; the pooling is over the whole image, as in the text, where the
+    released code has a window of 33x33. The head of the cascade, a 1x1 convolution, is not spelled out in the paper.
+    """
+    if modules not in ("aspp", "cascade"):
+        raise ValueError(f"unknown modules {modules!r}. Known: aspp, cascade")
+    cascade = modules == "cascade"
+    last = (7 if cascade else 4) if blocks is None else blocks
+    if not 4 <= last <= 7 or (last > 4 and not cascade):
+        raise ValueError(f"blocks is {blocks}; it is 4 to 7 with modules 'cascade', and 4 with 'aspp'")
+    if cascade and image_pooling:
+        raise ValueError("image_pooling is a part of modules 'aspp'; a cascade has none. Leave it out")
+    encoder = _slim_encoder(depth, last, output_stride, multi_grid, variant, in_channels, width, encoder_weights)
+    if cascade:
+        head: nn.Module = nn.Conv2d(encoder.channels[-1], classes, 1)
+        small_scores(head)
+    else:
+        pooling = image_pooling is not False
+        pyramid = AtrousPyramid(encoder.channels[-1], pyramid_rates(output_stride), 4 * width, pooling, dropout, MOMENTUM)
+        head = _scores_of(pyramid, 4 * width, classes)
+    return SegmentationModel(encoder, CornerDecoder(head), classes, _geometry(output_stride))
+
+
+def deeplab_v3plus_paper(
+    classes: int,
+    in_channels: int = 3,
+    encoder_weights: EncoderWeights = None,
+    depth: int = 101,
+    multi_grid: Sequence[int] = (1, 2, 4),
+    output_stride: int = 16,
+    image_pooling: bool = True,
+    variant: str = "beta",
+    dropout: float = 0.1,
+    width: int = 64,
+) -> SegmentationModel:
+    """DeepLab v3+ on ResNet as published; 59,468,085 parameters for 21 classes. Arguments as in `deeplab_v3_paper`.
+
+    The fine map is what the last unit before block 1 subsamples gives (Conv2 in the paper's words), reduced to 48 maps; two 3x3
+    convolutions of 256 follow.
+
+    Deviations: as in `deeplab_v3_paper`. The Xception variant and separable convolutions are left out.
+    """
+    encoder = _slim_encoder(depth, 4, output_stride, multi_grid, variant, in_channels, width, encoder_weights)
+    decoder = FineDecoder(
+        (encoder.channels[0], encoder.channels[-1]),
+        classes,
+        pyramid_rates(output_stride),
+        width=4 * width,
+        fine_width=max(3 * width // 4, 1),
+        image_pooling=image_pooling,
+        dropout=dropout,
+        momentum=MOMENTUM,
+    )
+    return SegmentationModel(encoder, decoder, classes, _geometry(output_stride))
+
+
+def _geometry(output_stride: int) -> InputGeometry:
+    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
+    return InputGeometry(multiple=output_stride, remainder=1, minimum=output_stride + 1)
+
+
+def _slim_encoder(
+    depth: int,
+    blocks: int,
+    output_stride: int,
+    multi_grid: Sequence[int],
+    variant: str,
+    in_channels: int,
+    width: int,
+    weights: EncoderWeights,
+) -> ResNetPath:
+    if depth not in UNITS:
+        raise ValueError(f"depth is {depth}; it must be one of {', '.join(map(str, UNITS))}")
+    largest = 4 << (blocks - 1)
+    if output_stride not in (8, 16, 32, 64, 128, 256) or output_stride > largest:
+        raise ValueError(f"output_stride is {output_stride}; with {blocks} blocks it must be a power of two from 8 to {largest}")
+    if len(multi_grid) != 3 or min(multi_grid) < 1:
+        raise ValueError(f"multi_grid is {tuple(multi_grid)}; it must be three numbers of at least 1, one for each unit of a block")
+    if variant not in ("beta", "7x7"):
+        raise ValueError(f"unknown variant {variant!r}. Known: beta, 7x7")
+    units = (*UNITS[depth], *[UNITS[depth][-1]] * (blocks - 4))
+    encoder = ResNetPath(units, "slim", output_stride, in_channels, width, multi_grid, variant == "beta", momentum=MOMENTUM)
+    load_own_weights(encoder, weights)
+    return encoder
+
+
+def deeplab_v3(
+    classes: int,
+    encoder: str = "resnet34",
+    encoder_weights: EncoderWeights = None,
+    in_channels: int = 3,
+    output_stride: int | None = None,
+    width: int = 256,
+    image_pooling: bool = True,
+    dropout: float = 0.1,
+) -> SegmentationModel:
+    """DeepLab v3's pyramid on any encoder; labels every pixel of an image of any size.
+
+    Args:
+        classes: K.
+        encoder: any timm network with feature maps.
+        encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
+        in_channels: bands of the image.
+        output_stride: 8 or 16 for encoders that can dilate, 32 for those that end there; None: 16 where possible, else the encoder's own
+            (`atrous_encoder`).
+        width: maps of each branch of the pyramid; 256 in the paper.
+        image_pooling: give the pyramid the mean over the image.
+        dropout: share of values dropped before the scores while training.
+
+    Rates are 6, 12 and 18 at output stride 16 and above, doubled at 8. While training on a batch of one image, the norm behind the
+    image pooling uses its running statistics (`ContextNorm`).
+
+    Raises:
+        ValueError: for an unknown encoder, one that cannot have `output_stride`, and weights that do not belong to it.
+    """
+    path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
+    stride = path.strides[-1]
+    pyramid = AtrousPyramid(path.channels[-1], pyramid_rates(stride), width, image_pooling, dropout)
+    decoder = CellDecoder(_scores_of(pyramid, width, classes), stride)
+    # Two cells per side, so that batch norm can train on a batch of one.
+    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=stride + 1))
+
+
+def deeplab_v3plus(
+    classes: int,
+    encoder: str = "resnet34",
+    encoder_weights: EncoderWeights = None,
+    in_channels: int = 3,
+    output_stride: int | None = None,
+    width: int = 256,
+    image_pooling: bool = True,
+    dropout: float = 0.1,
+) -> SegmentationModel:
+    """DeepLab v3+ on any encoder: the pyramid of v3 beside the encoder's map at stride 4. Arguments and errors as in `deeplab_v3`.
+
+    An encoder without a map at stride 4 gives its coarsest one that is finer, or its finest; a plain ViT has all its maps at one stride
+    (16), so there the decoder adds depth but no detail.
+    """
+    path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
+    fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
+    decoder = FineDecoder(
+        (path.channels[fine], path.channels[-1]),
+        classes,
+        pyramid_rates(path.strides[-1]),
+        width=width,
+        image_pooling=image_pooling,
+        dropout=dropout,
+        stride=path.strides[fine],
+        fine=fine,
+    )
+    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=path.strides[-1] + 1))
+
+
+class TorchvisionDecoder(nn.Module):
+    """Head of torchvision's DeepLab v3, and an FCN head on the map before the last, which training takes half a loss on.
+
+    The pyramid is followed by another 3x3 convolution; logits are resized with pixels as areas. Pyramid and order of its branches are
+    torchvision's: 1x1, rates, image pooling. Their weights are put in ours by `torchvision_keys`.
+    """
+
+    loss_weights: tuple[float, ...] = (1.0, 0.5)
+
+    def __init__(self, channels: Sequence[int], classes: int, width: int = 256, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.pyramid = AtrousPyramid(channels[-1], pyramid_rates(8), width, dropout=dropout)
+        self.convolve = normalised(nn.Conv2d(width, width, 3, padding=1, bias=False))
+        self.classify = nn.Conv2d(width, classes, 1)
+        inner = channels[-2] // 4
+        self.auxiliary = nn.Sequential(
+            *normalised(nn.Conv2d(channels[-2], inner, 3, padding=1, bias=False)), nn.Dropout(0.1), nn.Conv2d(inner, classes, 1)
+        )
+        initialise(self)
+        small_scores(self.classify)
+        small_scores(self.auxiliary[-1])
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        return resize_logits(self.classify(self.convolve(self.pyramid(features.maps[-1]))), size)
+
+    def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
+        return [self(features, size), resize_logits(self.auxiliary(features.maps[-2]), size)]
+
+
+def deeplab_v3_torchvision(
+    classes: int, in_channels: int = 3, encoder_weights: EncoderWeights = None, depth: int = 50
+) -> SegmentationModel:
+    """torchvision's `deeplabv3_resnet50` or `_resnet101`, auxiliary head included; 42,004,074 and 60,996,202 parameters for 21 classes.
+
+    Args:
+        classes: K.
+        in_channels: bands of the image.
+        encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
+        depth: 50 or 101.
+
+    It is there to take torchvision's weights (`torchvision_keys`), and computes what torchvision does. Other than in
+    `deeplab_v3_paper`: strides in the first unit's 3x3, output stride 8 without multi-grid, dropout 0.5.
+    """
+    if depth not in UNITS:
+        raise ValueError(f"depth is {depth}; it must be one of {', '.join(map(str, UNITS))}")
+    path = timm_encoder(f"resnet{depth}", in_channels, encoder_weights, output_stride=8)
+    return SegmentationModel(path, TorchvisionDecoder(path.channels, classes), classes, InputGeometry(minimum=9))

@@ -1,0 +1,199 @@
+"""Atrous convolution, DeepLab on any encoder, and weights of others in it."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from perpixel.models import build
+from perpixel.models.atrous import ContextNorm, atrous_convolution, atrous_encoder, enlarge_cells, field_of_view, zoom
+from perpixel.models.deeplab_v1 import AtrousClassifier, Fc6, decimate
+from perpixel.models.deeplab_v3 import deeplab_v3_torchvision
+from perpixel.models.torchvision_keys import deeplab_v3_state
+
+GENERAL = ["deeplab_v1", "deeplab_v2", "deeplab_v3", "deeplab_v3plus"]
+
+
+@pytest.mark.parametrize(("kernel", "rate"), [(3, 1), (3, 2), (3, 12), (7, 4), (4, 4), (4, 8), (1, 5), (5, 3)])
+def test_atrous_convolution_is_one_whose_kernel_has_zeros_in_its_holes(kernel, rate):
+    torch.manual_seed(0)
+    layer = atrous_convolution(2, 3, kernel, rate).double()
+    side = field_of_view(kernel, rate)
+    filled = torch.zeros(3, 2, side, side, dtype=torch.float64)
+    filled[..., ::rate, ::rate] = layer.weight
+    image = torch.randn(1, 2, 40, 31, dtype=torch.float64)
+    whole = nn.functional.conv2d(image, filled, layer.bias, padding=(side - 1) // 2)
+    torch.testing.assert_close(layer(image), whole)
+    assert whole.shape[-2:] == image.shape[-2:]
+
+
+def test_an_even_kernel_at_an_odd_rate_is_refused():
+    with pytest.raises(ValueError, match="kernel 4 at rate 3 has no middle"):
+        atrous_convolution(1, 1, 4, 3)
+
+
+def test_fields_of_view_are_those_of_the_paper():
+    """arXiv:1606.00915, section 3.1: k + (k - 1)(r - 1)."""
+    assert [field_of_view(3, 12), field_of_view(7, 4), field_of_view(4, 4), field_of_view(4, 8), field_of_view(1, 9)] == [25, 25, 13, 25, 1]
+
+
+@pytest.mark.parametrize(("kernel", "taps"), [(3, [0, 3, 6]), (4, [0, 2, 4, 6]), (7, [0, 1, 2, 3, 4, 5, 6])])
+def test_decimation_keeps_evenly_spaced_taps_and_the_same_filters_in_fc7(kernel, taps):
+    """Weights that state where they come from: 10^4 filter + 100 row + column."""
+    filters, side = torch.arange(8.0), torch.arange(7.0)
+    fc6 = 1e4 * filters[:, None, None, None] + 100 * side[:, None] + side
+    whole = {
+        "fc6.weight": fc6.expand(8, 2, 7, 7),
+        "fc6.bias": filters,
+        "fc7.weight": (10 * filters[:, None] + filters)[..., None, None],
+        "fc7.bias": filters,
+    }
+    small = decimate(whole, kernel, 5)
+    first, second = small["fc6.bias"].long(), small["fc7.bias"].long()
+    assert len(set(first.tolist())) == len(set(second.tolist())) == 5
+    assert (small["fc6.weight"][0, 0] - 1e4 * first[0]).tolist() == [[100.0 * row + column for column in taps] for row in taps]
+    assert torch.equal(small["fc6.weight"][:, 0, 0, 0], 1e4 * first)
+    assert torch.equal(small["fc7.weight"][..., 0, 0], (10 * second[:, None] + first).float())
+    assert torch.equal(decimate(whole, kernel, 8)["fc6.bias"], filters)  # nothing is shuffled where all are kept
+    with pytest.raises(ValueError, match="at most 7 taps per axis and 8 filters"):
+        decimate(whole, kernel, 9)
+
+
+def test_fc6_and_fc7_of_a_vgg_classifier_land_in_the_head():
+    state = {
+        "classifier.0.weight": torch.randn(12, 2 * 49),
+        "classifier.0.bias": torch.randn(12),
+        "classifier.3.weight": torch.randn(12, 12),
+        "classifier.3.bias": torch.randn(12),
+    }
+    head = AtrousClassifier(2, 3, Fc6(7, 4, 12))
+    head.load_classifier(state)
+    torch.testing.assert_close(head.fc6.weight.flatten(1), state["classifier.0.weight"])
+    torch.testing.assert_close(head.fc7.weight[..., 0, 0], state["classifier.3.weight"])
+
+
+@pytest.mark.parametrize("model", GENERAL)
+@pytest.mark.parametrize(
+    ("encoder", "own"),
+    [
+        ("resnet18", None),
+        ("resnet50", None),
+        ("mobilenetv2_100", None),
+        ("efficientnet_b0", None),
+        ("convnext_atto", None),
+        ("regnety_004", None),
+        ("vgg16_bn", None),
+        ("swin_tiny_patch4_window7_224", 32),
+        ("vit_tiny_patch16_224", 16),
+    ],
+)
+def test_any_encoder_labels_odd_sizes_at_the_stride_it_can_have(model, encoder, own):
+    with torch.device("meta"):
+        for stride in (None, 8) if own is None else (None,):
+            network = build(model, 4, encoder=encoder, in_channels=5, output_stride=stride)
+            assert network.encoder.strides[-1] == (own or stride or 16)
+            assert network.eval()(torch.zeros(1, 5, 97, 131)).shape == (1, 4, 97, 131)
+
+
+@pytest.mark.parametrize(("encoder", "stride"), [("swin_tiny_patch4_window7_224", 16), ("vit_tiny_patch16_224", 8)])
+def test_an_encoder_that_cannot_dilate_is_refused_with_those_that_can(encoder, stride):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"cannot have output stride {stride}.*resnet18/34/50/101.*mobilenetv2_100"):
+        atrous_encoder(encoder, output_stride=stride)
+
+
+def test_illegal_encoders_and_strides_are_refused():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="must be 8, 16 or 32"):
+            atrous_encoder("resnet18", output_stride=4)
+        with pytest.raises(ValueError, match="Did you mean 'resnet18'"):
+            atrous_encoder("resnet18x")
+        with pytest.raises(ValueError, match="U-Net's own"):
+            atrous_encoder("plain")
+
+
+@pytest.mark.parametrize("bands", [1, 3, 5])
+@pytest.mark.parametrize("model", GENERAL)
+def test_one_image_of_the_smallest_size_trains_every_parameter(model, bands):
+    torch.manual_seed(0)
+    network = build(model, 3, encoder="mobilenetv3_small_050", in_channels=bands, **({} if model == "deeplab_v2" else {"width": 8})).train()
+    side = network.geometry.minimum
+    assert side == 17
+    network(torch.randn(1, bands, side, side)).square().mean().backward()
+    # The last map comes before some of the layers that timm keeps; those that take part have gradients.
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    assert all(p.grad is not None for p in network.decoder.parameters())
+    assert network(torch.randn(1, bands, 97, 131)).shape == (1, 3, 97, 131)
+
+
+@pytest.mark.parametrize("model", GENERAL)
+def test_bfloat16_and_channels_last_give_float32_logits(model):
+    torch.manual_seed(0)
+    network = build(model, 3, encoder="mobilenetv3_small_050").to(memory_format=torch.channels_last).eval()
+    image = torch.randn(2, 3, 64, 48).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network(image)
+        full = network(image)
+    assert low.dtype == torch.float32
+    assert (low - full).norm() < 0.1 * full.norm()
+
+
+def test_a_dilated_vgg_sees_at_every_place_what_the_plain_one_sees_at_some():
+    """With poolings that only pick a pixel, the dilated map at stride 8 holds the plain one's pixels at stride 16."""
+    torch.manual_seed(0)
+    plain, dilated = timm.create_model("vgg11", features_only=True).eval(), atrous_encoder("vgg11", output_stride=8).eval()
+    dilated.network.load_state_dict(plain.state_dict())
+    pools = [[layer for layer in network.modules() if isinstance(layer, nn.MaxPool2d)] for network in (plain, dilated.network)]
+    for one, other in zip(*pools, strict=True):
+        one.forward = lambda x: x[..., ::2, ::2]
+        other.forward = lambda x, stride=other.stride: x[..., ::stride, ::stride]
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        coarse, fine = plain(image)[4], dilated(image).maps[4]
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse)
+
+
+def test_context_norm_is_batch_norm_except_for_a_single_value():
+    torch.manual_seed(0)
+    own, theirs = ContextNorm(4).train(), nn.BatchNorm2d(4).train()
+    x = torch.randn(2, 4, 1, 1)
+    torch.testing.assert_close(own(x), theirs(x))
+    before = own.running_mean.clone()
+    torch.testing.assert_close(own(x[:1]), theirs.eval()(x[:1]))
+    assert torch.equal(own.running_mean, before)
+
+
+def test_zoom_and_cells_put_pixels_where_they_belong():
+    x = torch.arange(5.0).expand(1, 1, 5, 5)
+    torch.testing.assert_close(zoom(x, (33, 33))[0, 0, 0], torch.arange(33.0) / 8)
+    whole = enlarge_cells(x, (40, 40), 8)
+    torch.testing.assert_close(enlarge_cells(x, (37, 33), 8), whole[..., :37, :33])
+    torch.testing.assert_close(whole[0, 0, 0, 3:36], (torch.arange(3.0, 36) - 3.5).div(8).clamp_min(0))
+
+
+@pytest.mark.parametrize("size", [(65, 97), (64, 50)])
+def test_torchvision_s_weights_give_torchvision_s_logits(size):
+    torch.manual_seed(0)
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True).eval()
+    ours = deeplab_v3_torchvision(5).eval()
+    ours.load_state_dict(deeplab_v3_state(theirs.state_dict()))
+    image = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        expected, got = theirs(image), ours.supervised(image)
+    torch.testing.assert_close(got[0], expected["out"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1], expected["aux"], atol=1e-5, rtol=1e-5)
+    assert ours.loss_weights == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("depth", "count"), [(50, 42_004_074), (101, 60_996_202)])
+def test_torchvision_s_layout_has_torchvision_s_parameters(depth, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in deeplab_v3_torchvision(21, depth=depth).parameters()) == count
+        theirs = getattr(torchvision.models.segmentation, f"deeplabv3_resnet{depth}")(weights=None, weights_backbone=None, aux_loss=True)
+        assert set(deeplab_v3_state(theirs.state_dict())) == set(deeplab_v3_torchvision(21, depth=depth).state_dict())
+
+
+def test_foreign_keys_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'fc\.weight' is no key"):
+        deeplab_v3_state({"fc.weight": torch.zeros(1)})
