@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from torch import nn
@@ -217,7 +218,6 @@ def test_an_unknown_source_names_the_known_ones():
 
 def test_a_unet_of_segmentation_models_pytorch_gives_the_same_logits():
     """To 1e-5 of the largest; sizes that its own five halvings take."""
-    smp = pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
     theirs = smp.Unet("resnet18", encoder_weights=None, classes=4).eval()
     for norm in theirs.modules():
