@@ -79,6 +79,15 @@ def test_a_bundle_cut_off_anywhere_is_refused_by_name(make_bundle, share):
         load_bundle(path)
 
 
+def test_a_bundle_with_one_changed_byte_is_refused_by_name(make_bundle):
+    path = make_bundle()
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # among the weights, which stand last
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: the weights are damaged"):
+        load_bundle(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello\n" * 40, b"\xff" * 500, b"{}", b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content):
     path = tmp_path / "notes.txt"

@@ -254,3 +254,15 @@ def test_masks_of_a_run_are_read_as_check_reads_them(run, sample_set):
     bundle = load_bundle(run / "best.safetensors")
     file = sample_set / "masks" / "val" / "0000.png"
     assert np.array_equal(bundle.label_map(read_mask(file)), np.asarray(Image.open(file)))
+
+
+def test_masks_that_show_one_class_only_are_called_doubtful(bundle, scenes):
+    assert evaluate(bundle, scenes / "images", scenes / "masks").warnings == []
+    for path in (scenes / "masks").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    result = evaluate(bundle, scenes / "images", scenes / "masks")
+    assert result.to_json()["warnings"] == result.warnings
+    assert "nothing but 'class 0'" in result.warnings[0]
+    console = Console(record=True, width=200)
+    render(result, console)
+    assert "nothing but 'class 0'" in console.export_text()

@@ -295,3 +295,8 @@ def test_pictures_without_an_up_are_turned_and_photographs_are_not():
     assert grey.rotate90
     assert not photo.flip_vertical
     assert not photo.rotate90
+
+
+def test_a_file_of_weights_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"model\.encoder_weights: /nowhere/net\.safetensors: no such file"):
+        plan(a_check(), LAPTOP, {"model": {"encoder_weights": "/nowhere/net.safetensors"}})

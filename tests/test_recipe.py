@@ -69,3 +69,8 @@ def test_every_shipped_recipe_is_valid_and_states_paper_command_and_expectation(
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     assert all(word in head for word in ("arXiv", "Command:", "Expect"))
     assert yaml.safe_load(text) == parts
+
+
+def test_a_key_outside_its_section_is_told_where_it_belongs():
+    with pytest.raises(ValueError, match=r"--set: lr: unknown key; did you mean 'train\.lr'\?"):
+        read_settings(["lr=0.1"])

@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
 
+from perpixel import run as run_module
 from perpixel.data.images import read_image
 from perpixel.data.writing import write_labels, write_rgb
 from perpixel.models import build
@@ -96,6 +98,33 @@ def test_a_run_stopped_within_a_process_goes_on_bit_identically_for_each_optimiz
 def test_a_resumed_run_keeps_its_recipe(sample_set, run):
     with pytest.raises(ValueError, match=r"recipe\.yaml says otherwise about train\.lr\."):
         train(sample_set / "images", sample_set / "masks", out=run, resume=True, settings=["train.lr=0.5"])
+
+
+def test_resuming_where_nothing_is_says_so_and_trains(sample_set, tmp_path, tiny_settings):
+    console = Console(record=True, width=200)
+    images, masks = sample_set / "images", sample_set / "masks"
+    assert train(images, masks, out=tmp_path / "new", steps=1, settings=tiny_settings, resume=True, console=console).step == 1
+    assert "nothing to resume" in console.export_text()
+
+
+def test_pictures_of_the_validation_are_those_of_the_best_bundle(sample_set, tmp_path, tiny_settings, monkeypatch):
+    """Every validation after the first is made to score nothing, so the first stays the best."""
+    drawn, draw, honest = [], Run._draw, run_module.score
+
+    def score(*arguments):
+        result = honest(*arguments)
+        if validations := len(scored):
+            with torch.inference_mode():
+                result.confusion.counts[:, 0] += validations * 10**6
+        scored.append(result)
+        return result
+
+    scored = []
+    monkeypatch.setattr(run_module, "score", score)
+    monkeypatch.setattr(Run, "_draw", lambda run, *rest: (drawn.append(run.place.step), draw(run, *rest)))
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=6, settings=[*tiny_settings, "train.validations=3"])
+    assert len(scored) == 3
+    assert set(drawn) == {outcome.best_step} == {2}
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(sample_set, run):

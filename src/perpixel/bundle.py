@@ -3,6 +3,7 @@
 Nothing is unpickled, ever. The metadata is one JSON text under the key `perpixel`.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -82,7 +83,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Writes weights (a model's state dict) and card as one file, atomically."""
-    save_tensors(path, weights, {"perpixel": card.model_dump_json()})
+    save_tensors(path, weights, {"perpixel": card.model_dump_json(), "digest": _digest(weights)})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and bytes, whatever the order: the format itself notices a file that was cut short, not one whose bytes changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -138,10 +148,12 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
     """The model of a bundle in eval mode on `device`, with its card.
 
     Raises:
-        ValueError: not a bundle, truncated, from a newer version, or weights that do not belong to its model.
+        ValueError: not a bundle, truncated, damaged, from a newer version, or weights that do not belong to its model.
     """
     tensors, metadata = read_tensors(Path(path))
     card = read_card(path, metadata)
+    if "digest" in metadata and metadata["digest"] != _digest(tensors):
+        raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
         bundle = Bundle(model, card)

@@ -205,6 +205,8 @@ def _note_faults(report: Check, faults: Sequence[Fault], total: int) -> None:
     if count and count > MISMATCH_LIMIT * total:
         first = next(iter(report.size_mismatches.values()))
         report.problems.append(f"{count} of {total} masks have another size than their image, so they are not its masks: {first}")
+    elif count:
+        report.warnings.append(f"{_count(count, 'pair')} of unequal size left out: {_some(report.size_mismatches)}")
 
 
 def _of_one_form(report: Check, readings: list[Reading]) -> list[Reading]:
@@ -334,8 +336,6 @@ def _warn(report: Check) -> None:
         say("one pair only: it serves for training and for validation, so the scores say nothing about new images")
     if report.damaged:
         say(f"{_count(len(report.damaged), 'file')} can't be used: {_some(report.damaged)}")
-    if report.size_mismatches:
-        say(f"{_count(len(report.size_mismatches), 'pair')} of unequal size left out: {_some(report.size_mismatches)}")
     if report.unlabelled:
         say(f"{_count(len(report.unlabelled), 'image')} without a mask, not used: {_some(map(str, report.unlabelled))}")
     if report.orphan_masks:

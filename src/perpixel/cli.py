@@ -15,6 +15,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
+FEW_STEPS = 50  # updates; whoever trains for fewer should know what to expect
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it and typer does: 128 + SIGINT
 app = typer.Typer(
     help="Semantic segmentation: every pixel of every image labelled, and how far to trust it.",
@@ -192,6 +193,8 @@ def _summarise(outcome: "Outcome", console: Console) -> None:
         f"best at step {outcome.best_step} of {outcome.step}: mIoU [bold]{scores['miou']:.3f}[/], "
         f"pixel accuracy [bold]{scores['pixel_accuracy']:.3f}[/] on {scores['images']} validation images"
     )
+    if outcome.step < FEW_STEPS:
+        console.print(f"[yellow]warning:[/] {outcome.step} steps teach a network next to nothing; give more --minutes or --steps")
     console.print(f"[bold]{out}/best.safetensors[/]  next: perpixel predict {out}/best.safetensors YOUR-IMAGES -o labels --overlay")
 
 

@@ -45,6 +45,14 @@ class Evaluation:
         """The images with the largest loss, largest first."""
         return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the scores doubtful."""
+        seen = [name for name, pixels in zip(self.classes, self.confusion.counts.sum(1).tolist(), strict=True) if pixels]
+        if len(seen) != 1 or len(self.classes) == 1:
+            return []
+        return [f"the masks hold nothing but '{seen[0]}' under the bundle's label map: were they made for these classes? See --label"]
+
     def to_json(self) -> dict[str, Any]:
         """Plain types: scores, the rule for absent classes, the loss of each image and the cost; None where a number is not finite."""
         return {
@@ -53,6 +61,7 @@ class Evaluation:
             "cost": self.cost if math.isfinite(self.cost) else None,
             "losses": {name: loss if math.isfinite(loss) else None for name, loss in self.losses.items()},
             "worst": [name for name, _ in self.worst()],
+            "warnings": self.warnings,
             "damaged": self.damaged,
             "seconds": round(self.seconds, 3),
         }
@@ -178,6 +187,8 @@ def render(result: Evaluation, console: Console) -> None:
     console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel). Largest losses:")
     for name, loss in result.worst():
         console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)
+    for doubt in result.warnings:
+        console.print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True)
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
 

@@ -146,6 +146,8 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
 
 def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
     if isinstance(weights, str):
+        if not Path(weights).is_file():
+            raise ValueError(f"model.encoder_weights: {weights}: no such file. Give a .safetensors or .pth file, true (download) or null.")
         return encoder_of(Path(weights)), f"the encoder that {Path(weights).name} was made for"
     photo = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"]
     if report.bands != 3 or report.dtype != "uint8":

@@ -257,7 +257,7 @@ def _explain(problem: Any) -> str:
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         legal = _keys(where[:-1])
-        nearest = _nearest(where[-1], legal)
+        nearest = _nearest(where[-1], legal) or _elsewhere(where[-1])
         return f"{key}: unknown key;" + (nearest.replace("Did", "did") if nearest else f" known: {', '.join(legal)}")
     return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
 
@@ -271,6 +271,12 @@ def _keys(where: Sequence[str]) -> list[str]:
             return list(LossTerm.model_fields)  # the only section that stands in a list
         section = annotation
     return list(section.model_fields)
+
+
+def _elsewhere(key: str) -> str:
+    """Where a key that was put outside its section belongs."""
+    sections = {name: _keys([name]) for name in Recipe.model_fields}
+    return next((f" Did you mean '{name}.{key}'?" for name, keys in sections.items() if key in keys), "")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ from perpixel.optimisation import Average, make_optimizer
 from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe
 
-PICTURES = 6  # validation images drawn after each validation
+PICTURES = 6  # validation images drawn with each best bundle
 STATE_FORMAT = 1  # of resume.safetensors
 
 
@@ -196,7 +196,7 @@ class Run:
         return self.bare if self.average is None else self.average.model
 
     def validate(self, log: TrainingLog) -> float:
-        """Scores on the validation part, keeps the best, draws pictures; returns the seconds it took.
+        """Scores on the validation part, keeps the best and its pictures; returns the seconds it took.
 
         Each process scores its share; counts and losses are summed.
         """
@@ -218,15 +218,14 @@ class Run:
         with fabric.autocast():
             result = score(model, self.val_images, self.normalize, names, tile.tile, tile.overlap, share, log.validating, keep)
         result = _gathered(fabric, result)
-        if fabric.is_global_zero:
-            for index, predicted in drawn.items():
-                self._draw(index, predicted)
         place.validated = place.step
         if not result.confusion.miou <= place.best_miou:
             place.best_miou, place.best_step, place.scores = result.confusion.miou, place.step, result.to_json()
             if fabric.is_global_zero:
                 save_bundle(self.out / "best.safetensors", model.state_dict(), self._card())
                 write_text(self.out / "evaluation.json", json.dumps(place.scores, indent=1))
+                for index, predicted in drawn.items():
+                    self._draw(index, predicted)
         log.validated(place.step, result)
         return time.monotonic() - start
 

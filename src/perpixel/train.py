@@ -74,6 +74,8 @@ def train(
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given)
+    elif resume:
+        console.print(f"nothing to resume in {escape(str(out))}: a new run starts there", soft_wrap=True)
     report = _checked(images, masks, classes, labels, given.get("data", {}), console)
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given)

@@ -119,3 +119,8 @@ def test_a_model_takes_multiples_of_its_coarsest_stride(name, encoder, geometry)
 def test_every_recommended_encoder_exists(encoder):
     with torch.device("meta"):
         assert build("unet", 2, encoder).geometry.fits(256)
+
+
+def test_classes_that_are_no_number_are_refused():
+    with pytest.raises(TypeError, match="classes is '5'; give their number"):
+        build("unet", "5")

@@ -148,6 +148,8 @@ def build(
     Raises:
         ValueError: for an unknown name or encoder, and for an option that the model does not have.
     """
+    if not isinstance(classes, int):
+        raise TypeError(f"classes is {classes!r}; give their number, e.g. 5")
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

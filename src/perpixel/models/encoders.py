@@ -1,6 +1,7 @@
 """Encoders: any timm network, and the contracting path of U-Net."""
 
 import difflib
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,6 +188,7 @@ def _download(name: str) -> dict[str, Tensor]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise ValueError(f"no weights are published for encoder {name!r}; use encoder_weights=None or a file, or another encoder")
+    logging.disable(logging.CRITICAL)  # the hub's client logs page after page while it tries again
     try:
         return dict(_create(name, 3, pretrained=True).state_dict())
     except Exception as error:  # whatever the hub client raises: the person needs the way around, not its class
@@ -195,6 +197,8 @@ def _download(name: str) -> dict[str, Tensor]:
             f"the weights of encoder {name!r} could not be downloaded ({_first_line(error)}). "
             f"Fetch {where} where there is a network and give the file's path as encoder_weights, or train without: encoder_weights=None"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_timm(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
