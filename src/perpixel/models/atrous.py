@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
-from perpixel.models.layers import initialise
+from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features
 
 CAN_DILATE = "resnet18/34/50/101, vgg11 to vgg19 (with or without _bn), mobilenetv2_100, efficientnet_b0, convnext_*, regnety_*"
@@ -44,17 +44,6 @@ def zoom(x: Tensor, size: tuple[int, int]) -> Tensor:
         return x
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-def enlarge_cells(x: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size), bilinear, in float32 at least, where each pixel of `x` stands for `stride` by `stride` pixels.
-
-    What lies beyond `size` is cut off at the right and below: there the encoder had padded the image to whole cells. A pixel's
-    logits thus come from the same place of a cell whatever the size of the image.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    whole = (x.shape[-2] * stride, x.shape[-1] * stride)
-    return functional.interpolate(x, size=whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
 
 class ContextNorm(nn.BatchNorm2d):
@@ -168,20 +157,18 @@ class CoarselyTrainedDecoder(CornerDecoder):
 
 
 class CellDecoder(nn.Module):
-    """A head on the coarsest map of any encoder, each pixel of it a cell of `stride` by `stride` pixels of the image."""
+    """A head on the coarsest map of any encoder, each pixel of it a cell of the image."""
 
-    def __init__(self, head: nn.Module, stride: int) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.head, self.stride = head, stride
+        self.head = head
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        return enlarge_cells(self.head(features.maps[-1]), size, self.stride)
+        return resize_logits(self.head(features.maps[-1]), size)
 
 
 def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None, output_stride: int | None = None) -> TimmEncoder:
     """An encoder from timm whose coarsest map has the stride asked for, by atrous convolution in its last stages.
-
-    It pads images with zeros, at the right and below, to whole cells of its coarsest map: it takes any size.
 
     Args:
         name, in_channels, weights: as for `timm_encoder`.
@@ -205,7 +192,6 @@ def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = No
             dilate_vgg(encoder, wanted)
     else:
         encoder = _dilated(name, in_channels, weights, wanted, natural=output_stride is None)
-    encoder.pad_to = encoder.strides[-1]
     return encoder
 
 

@@ -16,7 +16,7 @@ from perpixel.models.atrous import (
 )
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.layers import initialise
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
 
 
@@ -279,4 +279,4 @@ def deeplab_v1(
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
     head = AtrousClassifier(path.channels[-1], classes, Fc6(3, max(96 // stride, 1), width), dropout)
-    return SegmentationModel(path, CellDecoder(head, stride), classes, InputGeometry(minimum=stride + 1))
+    return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))

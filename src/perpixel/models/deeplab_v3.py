@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, enlarge_cells, normalised, small_scores, zoom
+from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
 from perpixel.models.encoders import EncoderWeights, timm_encoder
 from perpixel.models.layers import initialise, resize_logits
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
 
 # PyTorch counts the new share of a running mean, TensorFlow the old: decay 0.9997 (arXiv:1706.05587, section 4.1).
@@ -29,8 +29,7 @@ class FineDecoder(nn.Module):
         rates: of the pyramid.
         width: maps of pyramid and decoder.
         fine_width: maps that the fine one is reduced to (arXiv:1802.02611, table 1).
-        stride: None enlarges with corners on corners, as published; a number takes each pixel of the fine map for a cell of
-            `stride` by `stride` pixels.
+        corners: enlarge with corner pixels on corner pixels, as published; otherwise with pixels as areas.
         fine, coarse: which of the encoder's maps these are.
     """
 
@@ -44,11 +43,11 @@ class FineDecoder(nn.Module):
         image_pooling: bool = True,
         dropout: float = 0.1,
         momentum: float = 0.1,
-        stride: int | None = None,
+        corners: bool = True,
         fine: int = 0,
     ) -> None:
         super().__init__()
-        self.stride, self.fine = stride, fine
+        self.enlarge, self.fine = zoom if corners else resize_logits, fine
         self.reduce = normalised(nn.Conv2d(channels[0], fine_width, 1, bias=False), momentum)
         convolutions = [nn.Conv2d(before, width, 3, padding=1, bias=False) for before in (width + fine_width, width)]
         self.convolve = nn.Sequential(*(normalised(layer, momentum) for layer in convolutions))
@@ -59,13 +58,9 @@ class FineDecoder(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         fine = self.reduce(features.maps[self.fine])
-        coarse, shape = self.pyramid(features.maps[-1]), (fine.shape[-2], fine.shape[-1])
-        if self.stride is None:
-            coarse = zoom(coarse, shape)
-        elif coarse.shape[-2:] != shape:
-            coarse = enlarge_cells(coarse, shape, shape[0] // coarse.shape[-2])
+        coarse = self.enlarge(self.pyramid(features.maps[-1]), (fine.shape[-2], fine.shape[-1]))
         x = self.classify(self.convolve(torch.cat([coarse.to(fine.dtype), fine], dim=1)))
-        return zoom(x, size) if self.stride is None else enlarge_cells(x, size, self.stride)
+        return self.enlarge(x, size)
 
 
 def _scores_of(pyramid: AtrousPyramid, width: int, classes: int) -> nn.Sequential:
@@ -227,9 +222,8 @@ def deeplab_v3(
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
     pyramid = AtrousPyramid(path.channels[-1], pyramid_rates(stride), width, image_pooling, dropout)
-    decoder = CellDecoder(_scores_of(pyramid, width, classes), stride)
-    # Two cells per side, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=stride + 1))
+    decoder = CellDecoder(_scores_of(pyramid, width, classes))
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
 
 def deeplab_v3plus(
@@ -256,10 +250,10 @@ def deeplab_v3plus(
         width=width,
         image_pooling=image_pooling,
         dropout=dropout,
-        stride=path.strides[fine],
+        corners=False,
         fine=fine,
     )
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=path.strides[-1] + 1))
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
 
 class TorchvisionDecoder(nn.Module):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from perpixel.models.alexnet import CaffeNetPath
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, read_weights, timm_encoder
 from perpixel.models.googlenet import GoogLeNetPath
 from perpixel.models.layers import initialise, resize, resize_logits
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
 
 
@@ -375,7 +374,7 @@ def fcn(
     head_stride: int = 8,
     dropout: float = 0.1,
 ) -> SegmentationModel:
-    """FCN on any encoder: scores of its maps, summed from coarse to fine, upsampled bilinearly; labels every pixel of the image.
+    """FCN on any encoder: scores of its maps, summed from coarse to fine, upsampled bilinearly; labels every pixel of an image of any size.
 
     Args:
         classes: K.
@@ -399,11 +398,4 @@ def fcn(
     else:
         path = timm_encoder(encoder, in_channels, encoder_weights)
     decoder = FCNDecoder(path.channels, path.strides, classes, head_stride, dropout)
-    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one. Convolutions round odd sizes.
-    return SegmentationModel(path, decoder, classes, InputGeometry(multiple=patch_size(path), minimum=2 * max(path.strides)))
-
-
-def patch_size(encoder: nn.Module) -> int:
-    """The side of the patches that a transformer cuts an image into, of which sides must be multiples; 1 for all others."""
-    sizes = [part.patch_size for part in encoder.modules() if isinstance(part, timm.layers.PatchEmbed)]
-    return max((max(size) for size in sizes), default=1)
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))

@@ -16,7 +16,7 @@ from perpixel.models.layers import (
     resize,
     resize_logits,
 )
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 
 
 class UpConvolution(nn.Module):
@@ -217,7 +217,7 @@ def unet(
     stage_scores: bool = False,
     variant: str | None = None,
 ) -> SegmentationModel:
-    """U-Net's decoder on any encoder; labels every pixel of the image.
+    """U-Net's decoder on any encoder; labels every pixel of an image of any size.
 
     Args:
         classes: K.
@@ -256,6 +256,4 @@ def unet(
         path = timm_encoder(encoder, in_channels, encoder_weights)
     options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores, head_kernel)
     decoder = UNetDecoder(path.channels, path.strides, classes, *options)
-    coarsest = max(path.strides)
-    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(multiple=coarsest, minimum=2 * coarsest))
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
