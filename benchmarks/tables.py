@@ -43,8 +43,8 @@ def speed() -> str:
     lines = [
         "## Speed beside other libraries",
         "",
-        f"`{run['command']}` on {run['machine']}, {run['threads']} thread(s): {run['batch']} image(s) of {height}x{width}, same weights on both "
-        f"sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} time, with its quartiles; "
+        f"`{run['command']}` on {run['machine']}, {run['threads']} thread(s): {run['batch']} image(s) of {height}x{width}, same weights on "
+        f"both sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} time, with its quartiles; "
         f"at most {run['limit']} is asked of a forward pass.",
         "",
         "| what | memory format | precision | ours | theirs | ratio | quartiles |",
