@@ -17,7 +17,7 @@ from perpixel.models.atrous import (
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.layers import initialise
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
-from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
+from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def deeplab_v1_paper(
     fc6 = Fc6(chosen.kernel, chosen.rate, chosen.width * width // 64)
     encoder = vgg_trunk(in_channels, width, image_beside=multi_scale)
     classifier = AtrousClassifier(encoder.channels[-1], classes, fc6, dropout)
-    load_vgg(encoder, [classifier], encoder_weights)
+    load_vgg(encoder, classifier, encoder_weights)
     # Caffe's average counts the padding: 9 in every window.
     head = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=True), classifier)
     if multi_scale:
@@ -215,14 +215,21 @@ def vgg_trunk(in_channels: int, width: int, image_beside: bool = False) -> VGGPa
     return trunk
 
 
-def load_vgg(encoder: VGGPath, classifiers: Sequence[AtrousClassifier], weights: EncoderWeights) -> None:
-    """Gives a trunk and its classifiers the weights of torchvision's VGG-16; each classifier chooses filters of its own."""
-    if not weights:
-        return
-    state = classifier_weights(weights, "vgg16")
-    encoder.load_classifier(state, str(weights))
-    for seed, classifier in enumerate(classifiers):
-        classifier.load_classifier(state, str(weights), seed)
+def load_vgg(encoder: VGGPath, head: nn.Module, weights: EncoderWeights) -> None:
+    """`load_classifier` of published weights: True downloads torchvision's VGG-16, a file is read, None leaves all as it is."""
+    if weights:
+        load_classifier(encoder, head, classifier_weights(weights, "vgg16"), source_of(weights, "vgg16"))
+
+
+def load_classifier(encoder: VGGPath, head: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> None:
+    """Gives a trunk and every `AtrousClassifier` in `head` the weights of VGG-16; each chooses filters of its own.
+
+    Raises:
+        ValueError: if they are another network's, lack fc6 and fc7, or the model is not of the published width.
+    """
+    for seed, part in enumerate(part for part in head.modules() if isinstance(part, AtrousClassifier)):
+        part.load_classifier(state, source, seed)
+    encoder.load_classifier(state, source)
 
 
 def caffe_multipliers(encoder: nn.Module, decoder: nn.Module) -> dict[str, tuple[float, float]]:

@@ -17,7 +17,7 @@ from perpixel.models.encoders import EncoderWeights, TimmEncoder, read_weights, 
 from perpixel.models.googlenet import GoogLeNetPath
 from perpixel.models.layers import initialise, resize, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
-from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
+from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 
 
 class FCNPath(nn.Module):
@@ -287,7 +287,7 @@ def _on_vgg16(
     model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates)
     if weights:
         state = classifier_weights(weights, "vgg16")
-        source = "torchvision's vgg16" if weights is True else str(weights)
+        source = source_of(weights, "vgg16")
         if any(name.startswith("encoder.") for name in state):
             start_from(model, state, source)
         else:
