@@ -14,7 +14,16 @@ from perpixel.models.deeplab_v1 import deeplab_v1, deeplab_v1_paper
 from perpixel.models.deeplab_v2 import deeplab_v2, deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
 from perpixel.models.deeplab_v3 import deeplab_v3, deeplab_v3_paper, deeplab_v3_torchvision, deeplab_v3plus, deeplab_v3plus_paper
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.fcn import fcn, fcn8s_atonce_paper, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, start_from
+from perpixel.models.fcn import (
+    fcn,
+    fcn8s_atonce_paper,
+    fcn8s_paper,
+    fcn16s_paper,
+    fcn32s_alexnet_paper,
+    fcn32s_paper,
+    fcn_googlenet_paper,
+    start_from,
+)
 from perpixel.models.fcn_resnet import fcn_resnet
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.segnet import bayesian_segnet_paper, segnet, segnet_paper
@@ -29,6 +38,7 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "fcn8s_paper": fcn8s_paper,
     "fcn8s_atonce_paper": fcn8s_atonce_paper,
     "fcn32s_alexnet_paper": fcn32s_alexnet_paper,
+    "fcn_googlenet_paper": fcn_googlenet_paper,
     "unet": unet,
     "unet_paper": unet_paper,
     "unet_release_paper": unet_release_paper,
@@ -49,7 +59,7 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "deeplab_v3plus_paper": deeplab_v3plus_paper,
 }
 
-# Recommended encoders; `unet` takes every timm network that gives feature maps.
+# Recommended encoders; every timm network that gives feature maps is taken.
 ENCODERS: dict[str, str] = {
     "plain": "U-Net's own path with batch norm; no published weights",
     "mobilenetv2_100": "the quickest on a processor",
@@ -59,6 +69,8 @@ ENCODERS: dict[str, str] = {
     "regnety_004": "few parameters, quick",
     "convnext_atto": "the smallest ConvNeXt; first map at stride 4",
     "vgg16_bn": "large and slow; first map at full resolution",
+    "squeezenet1_0": "torchvision's; the fewest parameters, coarsest map at stride 16",
+    "googlenet": "torchvision's, with batch norm",
 }
 
 
@@ -82,6 +94,7 @@ _PAPERS: dict[str, tuple[str, int, str]] = {
     "fcn8s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool3; starts from FCN-16s"),
     "fcn8s_atonce_paper": ("Shelhamer et al., arXiv:1605.06211", 2016, "FCN-8s straight from VGG-16, skips scaled"),
     "fcn32s_alexnet_paper": ("Long et al., arXiv:1411.4038", 2015, "CaffeNet, crop 18"),
+    "fcn_googlenet_paper": ("Long et al., arXiv:1411.4038", 2015, "the GoogLeNet of 2014; never released, parts inferred; crop 98"),
     "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
     "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
     "unet_release_paper": (
@@ -233,6 +246,7 @@ __all__ = [
     "fcn16s_paper",
     "fcn32s_alexnet_paper",
     "fcn32s_paper",
+    "fcn_googlenet_paper",
     "fcn_resnet",
     "render",
     "segnet",

@@ -52,16 +52,20 @@ class AtrousClassifier(nn.Module):
         x = self.drop(self.relu(self.fc6(x)))
         return self.fc8(self.drop(self.relu(self.fc7(x))))
 
-    @torch.no_grad()
     def load_classifier(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> None:
         """Takes fc6 and fc7 of torchvision's VGG-16 classifier, decimated (`decimate`); the scores stay as they are."""
-        for key, value in decimate(fully_connected(state, source=source), self.fc6.kernel_size[0], self.fc6.out_channels, seed).items():
+        self.load_state_dict(self.decimated(state, source, seed), strict=False)
+
+    def decimated(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> dict[str, Tensor]:
+        """What `load_classifier` would take; ValueError if it does not fit."""
+        kept = decimate(fully_connected(state, source=source), self.fc6.kernel_size[0], self.fc6.out_channels, seed)
+        for key, value in kept.items():
             own = self.get_parameter(key)
             if own.shape != value.shape:
                 raise ValueError(
                     f"{source}: {key} has shape {tuple(value.shape)}, the model {tuple(own.shape)}; published weights need width=64"
                 )
-            own.copy_(value)
+        return kept
 
 
 def decimate(fully_connected: Mapping[str, Tensor], kernel: int, width: int, seed: int = 0) -> dict[str, Tensor]:
@@ -225,11 +229,13 @@ def load_classifier(encoder: VGGPath, head: nn.Module, state: Mapping[str, Tenso
     """Gives a trunk and every `AtrousClassifier` in `head` the weights of VGG-16; each chooses filters of its own.
 
     Raises:
-        ValueError: if they are another network's, lack fc6 and fc7, or the model is not of the published width.
+        ValueError: if they are another network's, lack fc6 and fc7, or the model is not of the published width; then nothing is changed.
     """
-    for seed, part in enumerate(part for part in head.modules() if isinstance(part, AtrousClassifier)):
-        part.load_classifier(state, source, seed)
+    parts = [part for part in head.modules() if isinstance(part, AtrousClassifier)]
+    kept = [part.decimated(state, source, seed) for seed, part in enumerate(parts)]
     encoder.load_classifier(state, source)
+    for part, weights in zip(parts, kept, strict=True):
+        part.load_state_dict(weights, strict=False)
 
 
 def caffe_multipliers(encoder: nn.Module, decoder: nn.Module) -> dict[str, tuple[float, float]]:

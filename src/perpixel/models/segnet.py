@@ -98,8 +98,8 @@ def segnet_paper(
     Args:
         classes: K.
         in_channels: bands of the image.
-        encoder_weights: None; True (torchvision's are downloaded) or a file: VGG-16 (`vgg16` or `vgg16_bn`) with torchvision's or timm's keys. The paper
-            starts from VGG-16 without batch norm: its norms then start at scale 1 and shift 0.001.
+        encoder_weights: None; True (torchvision's VGG-16 is downloaded) or a file: VGG-16 (`vgg16` or `vgg16_bn`) with torchvision's
+            or timm's keys. The paper starts from VGG-16 without batch norm: its norms then start at scale 1 and shift 0.001.
         width: maps of the first stage; 64 in the paper.
         dropout: of the Bayesian form, see `bayesian_segnet_paper`; 0 in the paper's tables.
 

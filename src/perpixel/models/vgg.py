@@ -177,5 +177,7 @@ def _fitted(value: Tensor, target: Tensor, what: str, first: bool) -> Tensor:
     if first and value.ndim == 4 and value.shape[:1] + value.shape[2:] == target.shape[:1] + target.shape[2:]:
         return fit_bands(value, target, what)
     if value.shape != target.shape:
-        raise ValueError(f"{what} has shape {tuple(value.shape)}, but the path needs {tuple(target.shape)}; published weights need width=64")
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}, but the path needs {tuple(target.shape)}; published weights need width=64"
+        )
     return value
