@@ -26,6 +26,16 @@ def randomise(network):
     return network.eval()
 
 
+def random_norms(network):
+    """Batch norm whose statistics are not those of a new layer."""
+    torch.manual_seed(0)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.running_mean, std=0.1)
+    return network.eval()
+
+
 def narrow_vgg(depth, batch_norm=False, in_channels=3):
     """torchvision's VGG with an eighth of the maps, whose state dict has the published names."""
     layers = make_layers([size if size == "M" else size // 8 for size in cfgs[depth]], batch_norm)
@@ -107,10 +117,7 @@ def test_weights_of_another_vgg_are_refused():
 def test_torchvision_s_fcn_resnet50_gives_the_same_logits(auxiliary):
     """On an odd and an even size, to 1e-5 of the largest; the auxiliary head too."""
     theirs = torchvision_models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=auxiliary, num_classes=4)
-    for norm in theirs.eval().modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.running_mean, std=0.1)
+    random_norms(theirs)
     ours = fcn_resnet(4, 50).eval()
     import_weights(ours, theirs.state_dict(), "torchvision")
     with torch.inference_mode():
@@ -121,6 +128,25 @@ def test_torchvision_s_fcn_resnet50_gives_the_same_logits(auxiliary):
             torch.testing.assert_close(ours(image), logits)
             if auxiliary:
                 assert (aux - expected["aux"]).abs().max() <= 1e-5 * expected["aux"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("fcn_resnet101", "fcn_resnet"), ("deeplabv3_resnet101", "deeplab_v3_torchvision")],
+)
+def test_torchvision_s_nets_on_resnet101_give_the_same_logits(theirs, ours):
+    network = random_norms(
+        getattr(torchvision_models.segmentation, theirs)(weights=None, weights_backbone=None, aux_loss=True, num_classes=3)
+    )
+    with torch.device("meta"):
+        model = build(ours, 3, depth=101)
+    model = model.to_empty(device="cpu").eval()
+    import_weights(model, network.state_dict(), "torchvision")
+    image = torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        expected = network(image)
+        for logits, name in zip(model.supervised(image), ("out", "aux"), strict=True):
+            assert (logits - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
 
 
 def test_every_key_of_torchvision_s_fcn_resnet101_has_its_place():
@@ -215,16 +241,6 @@ def test_blobs_that_do_not_fit_are_refused_with_what_does():
 def test_an_unknown_source_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown source 'keras'\. Known: torchvision, timm, caffe_npz, smp"):
         import_weights(fcn32s_paper(2, width=1), {}, "keras")
-
-
-def random_norms(network):
-    """Batch norm whose statistics are not those of a new layer."""
-    torch.manual_seed(0)
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.running_mean, std=0.1)
-    return network.eval()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tu-mobilenetv3_small_050"])
