@@ -67,11 +67,11 @@ def torchvision_net(name: str) -> nn.Module:
     return net
 
 
-def smp_unet() -> nn.Module:
-    """segmentation_models.pytorch's U-Net on ResNet-34."""
+def smp_net(name: str) -> nn.Module:
+    """segmentation_models.pytorch's net of this name on ResNet-34."""
     import segmentation_models_pytorch as smp
 
-    net: nn.Module = smp.Unet("resnet34", encoder_weights=None, classes=21)
+    net: nn.Module = getattr(smp, name)("resnet34", encoder_weights=None, classes=21)
     return net
 
 
@@ -83,7 +83,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any]] = {
         {"name": "deeplab_v3_torchvision", "depth": 50},
         "torchvision",
     ),
-    "Unet resnet34, smp": (smp_unet, {"name": "unet", "encoder": "resnet34", "variant": "smp"}, "smp"),
+    "Unet resnet34, smp": (lambda: smp_net("Unet"), {"name": "unet", "encoder": "resnet34", "variant": "smp"}, "smp"),
+    "DeepLabV3Plus resnet34, smp": (
+        lambda: smp_net("DeepLabV3Plus"),
+        {"name": "deeplab_v3plus", "encoder": "resnet34", "variant": "smp"},
+        "smp",
+    ),
 }
 
 

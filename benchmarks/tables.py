@@ -43,9 +43,9 @@ def speed() -> str:
     lines = [
         "## Speed beside other libraries",
         "",
-        f"`{run['command']}` on {run['machine']}, {run['threads']} thread(s): {run['batch']} image(s) of {height}x{width}, same weights on "
-        f"both sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} time, with its quartiles; "
-        f"at most {run['limit']} is asked of a forward pass.",
+        f"`{run['command']}` on {run['machine']}, {run['threads']} thread(s): {run['batch']} image(s) of {height}x{width}, "
+        f"same weights on both sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} "
+        f"time, with its quartiles; at most {run['limit']} is asked of a forward pass.",
         "",
         "| what | memory format | precision | ours | theirs | ratio | quartiles |",
         "|---|---|---|---|---|---|---|",

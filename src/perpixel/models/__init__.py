@@ -9,7 +9,16 @@ from perpixel.models.deeplab_v1 import deeplab_v1, deeplab_v1_paper
 from perpixel.models.deeplab_v2 import deeplab_v2, deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
 from perpixel.models.deeplab_v3 import deeplab_v3, deeplab_v3_paper, deeplab_v3_torchvision, deeplab_v3plus, deeplab_v3plus_paper
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.fcn import fcn, fcn8s_atonce_paper, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, start_from
+from perpixel.models.fcn import (
+    fcn,
+    fcn8s_atonce_paper,
+    fcn8s_paper,
+    fcn16s_paper,
+    fcn32s_alexnet_paper,
+    fcn32s_paper,
+    fcn_googlenet_paper,
+    start_from,
+)
 from perpixel.models.fcn_resnet import fcn_resnet
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.segnet import bayesian_segnet_paper, segnet, segnet_paper
@@ -24,6 +33,7 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "fcn8s_paper": fcn8s_paper,
     "fcn8s_atonce_paper": fcn8s_atonce_paper,
     "fcn32s_alexnet_paper": fcn32s_alexnet_paper,
+    "fcn_googlenet_paper": fcn_googlenet_paper,
     "unet": unet,
     "unet_paper": unet_paper,
     "unet_release_paper": unet_release_paper,
@@ -54,6 +64,8 @@ ENCODERS: dict[str, str] = {
     "regnety_004": "few parameters, quick",
     "convnext_atto": "the smallest ConvNeXt; first map at stride 4",
     "vgg16_bn": "large and slow; first map at full resolution",
+    "squeezenet1_0": "torchvision's; the fewest parameters, coarsest map at stride 16",
+    "googlenet": "torchvision's, with batch norm",
 }
 
 
@@ -153,6 +165,7 @@ __all__ = [
     "fcn16s_paper",
     "fcn32s_alexnet_paper",
     "fcn32s_paper",
+    "fcn_googlenet_paper",
     "fcn_resnet",
     "segnet",
     "segnet_basic_paper",

@@ -54,7 +54,7 @@ def deeplab_v2_vgg16_paper(
     rates = _rates(variant)
     encoder = vgg_trunk(in_channels, width)
     head = SummedClassifiers(encoder.channels[-1], classes, rates, 16 * width, dropout)
-    load_vgg(encoder, [branch for branch in head.branches if isinstance(branch, AtrousClassifier)], encoder_weights)
+    load_vgg(encoder, head, encoder_weights)
     decoder = CoarselyTrainedDecoder(head)
     return SegmentationModel(encoder, decoder, classes, GEOMETRY, caffe_multipliers(encoder, decoder))
 

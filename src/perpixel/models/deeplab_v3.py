@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
+from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
 from perpixel.models.encoders import EncoderWeights, timm_encoder
 from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
@@ -234,25 +235,40 @@ def deeplab_v3plus(
     output_stride: int | None = None,
     width: int = 256,
     image_pooling: bool = True,
-    dropout: float = 0.1,
+    dropout: float | None = None,
+    variant: str | None = None,
 ) -> SegmentationModel:
     """DeepLab v3+ on any encoder: the pyramid of v3 beside the encoder's map at stride 4. Arguments and errors as in `deeplab_v3`.
 
     An encoder without a map at stride 4 gives its coarsest one that is finer, or its finest; a plain ViT has all its maps at one stride
     (16), so there the decoder adds depth but no detail.
+
+        dropout: None: 0.1, and 0.5 with variant "smp".
+        variant: "smp": as `DeepLabV3Plus` of segmentation_models.pytorch, with separable convolutions and rates 12, 24, 36, so that its
+            checkpoints can be read (`bundle.import_weights`); 12,329,493 parameters on resnet18 for 21 classes.
     """
-    path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
-    fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
-    decoder = FineDecoder(
-        (path.channels[fine], path.channels[-1]),
-        classes,
-        pyramid_rates(path.strides[-1]),
-        width=width,
-        image_pooling=image_pooling,
-        dropout=dropout,
-        corners=False,
-        fine=fine,
-    )
+    if variant not in (None, "smp"):
+        raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    decoder: FineDecoder | SmpDecoder
+    if variant == "smp":
+        if not image_pooling:
+            raise ValueError("image_pooling is a part of variant 'smp'. Leave it out")
+        path = smp_encoder(encoder, in_channels, encoder_weights, output_stride or 16)
+        fine = path.strides.index(4)
+        decoder = SmpDecoder((path.channels[fine], path.channels[-1]), classes, width, 0.5 if dropout is None else dropout, fine)
+    else:
+        path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
+        fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
+        decoder = FineDecoder(
+            (path.channels[fine], path.channels[-1]),
+            classes,
+            pyramid_rates(path.strides[-1]),
+            width=width,
+            image_pooling=image_pooling,
+            dropout=0.1 if dropout is None else dropout,
+            corners=False,
+            fine=fine,
+        )
     return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
 
@@ -260,7 +276,7 @@ class TorchvisionDecoder(nn.Module):
     """Head of torchvision's DeepLab v3, and an FCN head on the map before the last, which training takes half a loss on.
 
     The pyramid is followed by another 3x3 convolution; logits are resized with pixels as areas. Pyramid and order of its branches are
-    torchvision's: 1x1, rates, image pooling. Their weights are put in ours by `torchvision_keys`.
+    torchvision's: 1x1, rates, image pooling. Their weights are put in ours by `key_maps`.
     """
 
     loss_weights: tuple[float, ...] = (1.0, 0.5)
@@ -296,7 +312,7 @@ def deeplab_v3_torchvision(
         encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
         depth: 50 or 101.
 
-    It is there to take torchvision's weights (`torchvision_keys`), and computes what torchvision does. Other than in
+    It is there to take torchvision's weights (`bundle.import_weights`), and computes what torchvision does. Other than in
     `deeplab_v3_paper`: strides in the first unit's 3x3, output stride 8 without multi-grid, dropout 0.5.
     """
     if depth not in UNITS:

@@ -47,6 +47,7 @@ _PAPERS: dict[str, tuple[str, int, str]] = {
     "fcn8s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool3; starts from FCN-16s"),
     "fcn8s_atonce_paper": ("Shelhamer et al., arXiv:1605.06211", 2016, "FCN-8s straight from VGG-16, skips scaled"),
     "fcn32s_alexnet_paper": ("Long et al., arXiv:1411.4038", 2015, "CaffeNet, crop 18"),
+    "fcn_googlenet_paper": ("Long et al., arXiv:1411.4038", 2015, "the GoogLeNet of 2014; never released, parts inferred; crop 98"),
     "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
     "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
     "unet_release_paper": (
