@@ -100,14 +100,14 @@ def to_json() -> dict[str, list[dict[str, object]]]:
 
 def render(console: Console) -> None:
     """What can be built, as tables for people; 120 columns are enough."""
-    table = Table(box=SIMPLE, title="--set model.name=NAME", title_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE, title="--set model.name=NAME", title_justify="left", padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
     table.add_column("paper", no_wrap=True)
     for heading in ("parameters", "stride", "sees", "margin"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for row in describe():
-        paper = row.paper.replace(", ", f" {row.year}\n", 1)
+        paper = row.paper.replace(" et al., ", f" {row.year}\n", 1)
         table.add_row(row.name, paper, f"{row.parameters:,}", str(row.output_stride), str(row.receptive_field), str(row.margin), row.note)
     console.print(table)
     console.print(
