@@ -33,6 +33,30 @@ def classes() -> str:
     return "\n\n".join(parts)
 
 
+def speed() -> str:
+    """One row per comparison of speed.py, and how it was measured; nothing before it has been run."""
+    path = HERE / "results" / "speed-forward.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text())
+    pairs, (height, width) = run["rows"][0]["pairs"], run["size"]
+    lines = [
+        "## Speed beside other libraries",
+        "",
+        f"`{run['command']}` on {run['machine']}, {run['threads']} thread(s): {run['batch']} image(s) of {height}x{width}, "
+        f"same weights on both sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} "
+        f"time, with its quartiles; at most {run['limit']} is asked of a forward pass.",
+        "",
+        "| what | memory format | precision | ours | theirs | ratio | quartiles |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        low, high = row["quartiles"]
+        figures = f"{row['ours_ms']:.1f} ms | {row['theirs_ms']:.1f} ms | **{row['ratio']:.3f}** | {low:.3f} to {high:.3f}"
+        lines.append(f"| {row['name']} | {row['format']} | {row['precision']} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
 if __name__ == "__main__":
-    text = "\n".join([HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""])
+    text = "\n".join([HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), "", speed()])
     (HERE.parent / "docs" / "results.md").write_text(text)

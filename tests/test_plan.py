@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.models import squeezenet1_0
 
 from perpixel import plan as plan_module
 from perpixel.check import Check
@@ -268,6 +269,21 @@ def test_a_file_of_weights_decides_the_encoder_and_its_input(tmp_path):
     recipe, _ = plan(report, LAPTOP, {"model": {"encoder_weights": str(stated)}})
     assert (recipe.model.encoder, recipe.data.mean, recipe.data.std) == ("resnet26", [0.25] * 3, [0.125] * 3)
     assert input_statistics("plain", None, report)[:2] == (report.mean, report.std)
+
+
+def test_torchvision_s_squeezenet_is_known_by_its_file_and_wants_imagenet_s_mean(tmp_path):
+    """By the file's metadata, or by the name that torchvision gives it, a digest of its content included."""
+    stated, named = tmp_path / "weights.safetensors", tmp_path / "squeezenet1_0-b66bff10.safetensors"
+    state = squeezenet1_0().state_dict()
+    save_file(state, stated, {"layout": "torchvision squeezenet1_0", "input": "RGB, ImageNet mean/std"})
+    save_file(state, named)
+    for file in (stated, named):
+        recipe, reasons = plan(a_check(), LAPTOP, {"model": {"encoder_weights": str(file)}})
+        assert recipe.model.encoder == "squeezenet1_0"
+        assert (recipe.data.mean, recipe.data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        assert "ImageNet" in reasons["data.mean"]
+        options = {key: value for key, value in recipe.model.options.model_dump().items() if value is not None}
+        build(recipe.model.name, 3, encoder=recipe.model.encoder, encoder_weights=str(file), **options)
 
 
 # ---- the length

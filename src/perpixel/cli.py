@@ -141,11 +141,14 @@ def predict(
 
 
 @app.command()
-def models() -> None:
-    """List what can be built, from which paper, with how many parameters."""
-    from perpixel.models import render
+def models(json: Json = False) -> None:
+    """List what can be built: paper, parameters, output stride, receptive field, margin."""
+    from perpixel.models.table import render, to_json
 
-    render(Console())
+    if json:
+        _print_json(to_json())
+    else:
+        render(Console())
 
 
 @app.command()

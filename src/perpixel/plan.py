@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from perpixel.check import Check
 from perpixel.models import MODELS, InputGeometry, build
-from perpixel.models.encoders import timm_encoder
+from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
 from perpixel.recipe import Recipe, check_parts, merge
 
 CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
@@ -138,8 +138,11 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         choices.take("model.encoder_weights", True if online else None, why)
     else:
         choices.take("model.encoder_weights", weights, "as you asked")
-    if not gpu and "decoder_channels" in options and len(_strides(encoder)) == 5:
-        choices.take("model.options.decoder_channels", [128, 64, 32, 32], "a light decoder: a processor's time goes further")
+    strides = _strides(encoder)
+    if not gpu and "decoder_channels" in options and (len(strides) == 5 or strides == [2, 4, 8, 16]):
+        choices.take(
+            "model.options.decoder_channels", [128, 64, 32, 32][: len(strides) - 1], "a light decoder: a processor's time goes further"
+        )
         choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
         choices.take("model.options.dropout", 0.1, "few images")
 
@@ -163,17 +166,23 @@ def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str
 
 
 def encoder_of(weights: Path) -> str:
-    """The timm network that a file of weights is for: by its metadata `layout`, else by its name."""
+    """The network of timm or torchvision that a file of weights is for: by its metadata `layout`, else by its name."""
     words = _metadata(weights).get("layout", "").split()
-    return words[-1] if words[:1] == ["timm"] else weights.stem
+    if words[:1] in (["timm"], ["torchvision"]):
+        return words[-1]
+    return re.sub(r"-[0-9a-f]{8}$", "", weights.stem)  # torchvision and timm put a digest behind the name
 
 
 def input_statistics(encoder: str, weights: bool | str | None, report: Check) -> tuple[list[float], list[float], str]:
     """Mean and standard deviation per band that the encoder expects of its input, 0..1, and the reason."""
     if report.bands == 3 and isinstance(weights, str):
-        stated = re.search(r"mean ([\d.]+), std ([\d.]+)", _metadata(Path(weights)).get("input", ""))
-        if stated:
+        words = _metadata(Path(weights)).get("input", "")
+        if stated := re.search(r"mean ([\d.]+), std ([\d.]+)", words):
             return [float(stated[1])] * 3, [float(stated[2])] * 3, f"stated in {Path(weights).name}"
+        if "ImageNet mean" in words:
+            return list(IMAGENET_MEAN), list(IMAGENET_STD), f"ImageNet's, as stated in {Path(weights).name}"
+    if report.bands == 3 and weights and encoder in TRUNKS:
+        return list(IMAGENET_MEAN), list(IMAGENET_STD), f"ImageNet's, as {encoder} was trained for torchvision"
     if report.bands == 3 and weights:
         published = timm.get_pretrained_cfg(encoder)
         if published is not None:
@@ -250,7 +259,7 @@ def _geometry(choices: Choices, report: Check) -> InputGeometry:
 
 def _strides(encoder: str) -> list[int]:
     with torch.device("meta"):
-        return timm_encoder(encoder).strides
+        return any_encoder(encoder).strides
 
 
 def _plan_optimisation(choices: Choices, report: Check) -> None:

@@ -1,7 +1,11 @@
 """Classifiers turned fully convolutional: arXiv:1411.4038, sec. 3.1."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
@@ -76,6 +80,18 @@ def test_a_larger_image_gives_a_heat_map_with_a_score_every_32_pixels():
                 torch.testing.assert_close(scores[..., row, column], classifier.classifier(window))
 
 
+@pytest.mark.parametrize("size", [(224, 224), (235, 301)])
+def test_the_mean_over_squeezenet_s_map_is_the_classifier_s_scores(size):
+    """Its classifier is a 1x1 convolution already; only the average goes. 13 scores a side at 224, one more every 16 pixels."""
+    torch.manual_seed(0)
+    classifier = models.squeezenet1_0(num_classes=7).double().eval()
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.inference_mode():
+        scores = convolutionize(classifier)(image)
+        assert scores.shape == (1, 7, 13, 13 if size == (224, 224) else 18)
+        torch.testing.assert_close(scores.mean((2, 3)), classifier(image))
+
+
 def test_dropout_is_kept_only_where_wanted_and_the_mode_stays():
     classifier = narrow_vgg().train()
     kept, without = convolutionize(classifier), convolutionize(classifier, dropout=False)
@@ -98,7 +114,7 @@ def test_the_turned_network_shares_no_memory_with_the_classifier():
 
 def test_what_cannot_be_turned_is_refused_with_what_can():
     with torch.device("meta"):
-        for other in (models.resnet18(), models.mobilenet_v2(), models.squeezenet1_0(), nn.Linear(3, 3)):
+        for other in (models.resnet18(), models.mobilenet_v2(), nn.Linear(3, 3)):
             with pytest.raises(ValueError, match=r"can't be turned: .* Give torchvision's alexnet or vgg11 to vgg19_bn"):
                 convolutionize(other)
 
@@ -110,3 +126,14 @@ def test_an_image_too_small_for_one_score_is_refused():
 
 def test_it_is_a_public_name():
     assert perpixel.convolutionize is convolutionize
+
+
+def test_the_example_of_the_docs_draws_a_picture(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    photograph, weights, picture = (str(tmp_path / name) for name in ("photograph.png", "weights.safetensors", "picture.jpg"))
+    Image.new("RGB", (150, 101), (200, 80, 30)).save(photograph)
+    save_file(models.squeezenet1_0().state_dict(), weights)
+    monkeypatch.setattr("sys.argv", ["example", photograph, weights, picture])
+    page = (Path(__file__).parents[2] / "docs" / "convolutionize.md").read_text("utf-8")
+    exec(compile(page.split("```python\n")[1].split("```")[0], "docs/convolutionize.md", "exec"), {})
+    assert Image.open(picture).size == (3 * 150 // 2, 50)

@@ -7,31 +7,18 @@ from torch.nn import functional
 from torchvision import models as torchvision_models
 
 from perpixel.models import build, fcn, fcn8s_paper, fcn32s_alexnet_paper, fcn_resnet
-from perpixel.models.googlenet import GoogLeNetPath
 from perpixel.models.model import SupervisedDecoder
+from perpixel.models.torchvision_trunks import GoogLeNetPath
 from perpixel.train import train
 
-ENCODERS = ["resnet18", "vgg16_bn", "mobilenetv2_100", "efficientnet_b0", "convnext_atto", "regnety_004", "googlenet"]
-TRANSFORMERS = [("swin_tiny_patch4_window7_224", 4), ("vit_tiny_patch16_224", 16)]
 
-
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", ["resnet18", "googlenet"])  # all others: test_grid.py
 @pytest.mark.parametrize("head_stride", [32, 16, 8])
-def test_every_encoder_labels_images_of_odd_sizes(encoder, head_stride):
+def test_the_head_s_stride_is_that_of_the_finest_map_scored(encoder, head_stride):
     with torch.device("meta"):
         model = fcn(7, encoder, in_channels=5, head_stride=head_stride)
         assert model(torch.zeros(2, 5, 97, 131)).shape == (2, 7, 97, 131)
         assert len(model.decoder.scores) == {32: 1, 16: 2, 8: 3}[head_stride]
-
-
-@pytest.mark.parametrize(("encoder", "patch"), TRANSFORMERS)
-def test_a_transformer_takes_multiples_of_its_patches(encoder, patch):
-    model = fcn(2, encoder, in_channels=1)
-    assert model.geometry.multiple == patch
-    height, width = model.geometry.fit(97), model.geometry.fit(131)
-    assert model(torch.zeros(1, 1, height, width)).shape == (1, 2, height, width)
-    with pytest.raises(ValueError, match="call predict_tiled, which pads for you"):
-        model(torch.zeros(1, 1, 97, 131))
 
 
 def test_scores_are_summed_from_coarse_to_fine():
@@ -41,11 +28,11 @@ def test_scores_are_summed_from_coarse_to_fine():
         nn.init.normal_(score.weight, std=0.01)
     image = torch.randn(1, 3, 97, 131)
     with torch.no_grad():
-        maps = model.encoder(image).maps
+        maps = model.encoder(functional.pad(image, (0, 29, 0, 31))).maps  # to whole cells of 32 pixels
         coarse, middle, fine = (score(maps[i]) for score, i in zip(model.decoder.scores, (4, 3, 2), strict=True))
         total = functional.interpolate(coarse, middle.shape[-2:], mode="bilinear") + middle
         total = functional.interpolate(total, fine.shape[-2:], mode="bilinear") + fine
-        torch.testing.assert_close(model(image), functional.interpolate(total, (97, 131), mode="bilinear"))
+        torch.testing.assert_close(model(image), functional.interpolate(total, (128, 160), mode="bilinear")[..., :97, :131])
 
 
 def test_training_starts_from_a_cost_of_log_k():
@@ -145,6 +132,7 @@ SMALL = {
     "fcn8s_paper": "{width: 1}",
     "fcn8s_atonce_paper": "{width: 1}",
     "fcn32s_alexnet_paper": "{width: 6}",
+    "fcn_googlenet_paper": "{width: 4}",
 }
 
 
@@ -153,7 +141,7 @@ def test_the_published_recipe_trains_narrow(sample_set, tmp_path, name):
     settings = [f"model.options={SMALL[name]}", "model.encoder_weights=null", "train.crop=[64, 64]", "train.batch=1", "train.validations=1"]
     outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=name, steps=3, settings=settings)
     assert outcome.step == 3
-    assert outcome.recipe.train.loss_reduction == ("mean" if "alexnet" in name else "sum")
+    assert outcome.recipe.train.loss_reduction == ("sum" if "s_paper" in name or "atonce" in name else "mean")
 
 
 def test_stages_follow_one_another_from_bundle_to_bundle(sample_set, tmp_path):

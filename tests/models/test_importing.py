@@ -11,6 +11,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from perpixel.bundle import import_weights
 from perpixel.models import build, fcn, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, fcn_resnet, unet
+from perpixel.models.deeplab_v1 import AtrousClassifier
 from perpixel.models.vgg import VGGPath
 
 
@@ -22,6 +23,16 @@ def randomise(network):
             tensor.uniform_(0.5, 2)
         elif tensor.is_floating_point():
             tensor.normal_(std=0.05)
+    return network.eval()
+
+
+def random_norms(network):
+    """Batch norm whose statistics are not those of a new layer."""
+    torch.manual_seed(0)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.running_mean, std=0.1)
     return network.eval()
 
 
@@ -94,7 +105,7 @@ def test_without_a_network_true_says_what_to_fetch_and_where_to_name_it(monkeypa
 
 def test_weights_of_another_vgg_are_refused():
     for state in (narrow_vgg("A").state_dict(), narrow_vgg("D", batch_norm=True).state_dict(), {}):
-        with pytest.raises(ValueError, match=r"not the weights of torchvision's vgg16|holds no fully connected layers"):
+        with pytest.raises(ValueError, match=r"not the weights of 'vgg16'|holds no fully connected layers"):
             import_weights(fcn32s_paper(2, width=8), state, "torchvision")
     with pytest.raises(ValueError, match="needs width=64"):
         import_weights(fcn32s_paper(2, width=4), narrow_vgg("D").state_dict(), "torchvision")
@@ -106,10 +117,7 @@ def test_weights_of_another_vgg_are_refused():
 def test_torchvision_s_fcn_resnet50_gives_the_same_logits(auxiliary):
     """On an odd and an even size, to 1e-5 of the largest; the auxiliary head too."""
     theirs = torchvision_models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=auxiliary, num_classes=4)
-    for norm in theirs.eval().modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.running_mean, std=0.1)
+    random_norms(theirs)
     ours = fcn_resnet(4, 50).eval()
     import_weights(ours, theirs.state_dict(), "torchvision")
     with torch.inference_mode():
@@ -120,6 +128,25 @@ def test_torchvision_s_fcn_resnet50_gives_the_same_logits(auxiliary):
             torch.testing.assert_close(ours(image), logits)
             if auxiliary:
                 assert (aux - expected["aux"]).abs().max() <= 1e-5 * expected["aux"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("fcn_resnet101", "fcn_resnet"), ("deeplabv3_resnet101", "deeplab_v3_torchvision")],
+)
+def test_torchvision_s_nets_on_resnet101_give_the_same_logits(theirs, ours):
+    network = random_norms(
+        getattr(torchvision_models.segmentation, theirs)(weights=None, weights_backbone=None, aux_loss=True, num_classes=3)
+    )
+    with torch.device("meta"):
+        model = build(ours, 3, depth=101)
+    model = model.to_empty(device="cpu").eval()
+    import_weights(model, network.state_dict(), "torchvision")
+    image = torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        expected = network(image)
+        for logits, name in zip(model.supervised(image), ("out", "aux"), strict=True):
+            assert (logits - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
 
 
 def test_every_key_of_torchvision_s_fcn_resnet101_has_its_place():
@@ -216,20 +243,83 @@ def test_an_unknown_source_names_the_known_ones():
         import_weights(fcn32s_paper(2, width=1), {}, "keras")
 
 
-def test_a_unet_of_segmentation_models_pytorch_gives_the_same_logits():
+@pytest.mark.parametrize("name", ["resnet18", "tu-mobilenetv3_small_050"])
+def test_a_unet_of_segmentation_models_pytorch_gives_the_same_logits(name):
     """To 1e-5 of the largest; sizes that its own five halvings take."""
-    torch.manual_seed(0)
-    theirs = smp.Unet("resnet18", encoder_weights=None, classes=4).eval()
-    for norm in theirs.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.running_mean, std=0.1)
-    ours = unet(4, "resnet18", variant="smp").eval()
+    theirs = random_norms(smp.Unet(name, encoder_weights=None, classes=4))
+    ours = unet(4, name.removeprefix("tu-"), variant="smp").eval()
     import_weights(ours, theirs.state_dict(), "smp")
     with torch.inference_mode():
         image = torch.randn(1, 3, 64, 96)
         expected = theirs(image)
         assert (ours(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "output_stride"), [("resnet18", 16), ("resnet18", 8), ("tu-mobilenetv3_small_050", 16)])
+def test_a_deeplab_v3plus_of_segmentation_models_pytorch_gives_the_same_logits(name, output_stride):
+    """To 1e-5 of the largest. It takes multiples of its output stride; an image of another size is padded with zeros for it, and cut."""
+    theirs = random_norms(smp.DeepLabV3Plus(name, encoder_weights=None, classes=4, encoder_output_stride=output_stride))
+    ours = build("deeplab_v3plus", 4, encoder=name.removeprefix("tu-"), variant="smp", output_stride=output_stride).eval()
+    import_weights(ours, theirs.state_dict(), "smp")
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    with torch.inference_mode():
+        for height, width in ((64, 96), (65, 47)):
+            image = torch.randn(1, 3, height, width)
+            padded = nn.functional.pad(image, (0, -width % output_stride, 0, -height % output_stride))
+            expected = theirs(padded)[..., :height, :width]
+            assert (ours(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_checkpoint_whose_stages_dilate_otherwise_is_refused():
+    with torch.device("meta"):
+        theirs = {"encoder.model.conv1.weight": torch.zeros(64, 3, 7, 7)}
+        with pytest.raises(ValueError, match="of 'tu-resnet18', whose stages dilate otherwise"):
+            import_weights(build("deeplab_v3plus", 4, encoder="resnet18", variant="smp"), theirs, "smp")
+        with pytest.raises(ValueError, match="gives no feature maps at output stride 16"):
+            build("deeplab_v3plus", 4, encoder="vit_tiny_patch16_224", variant="smp")
+        with pytest.raises(ValueError, match="output_stride is 32; with variant 'smp' it must be 8 or 16"):
+            build("deeplab_v3plus", 4, encoder="resnet18", variant="smp", output_stride=32)
+
+
+@pytest.mark.parametrize(("name", "branches"), [("deeplab_v1_paper", 1), ("deeplab_v2_vgg16_paper", 4)])
+def test_a_vgg16_classifier_fills_the_trunk_and_decimated_every_head_of_deeplab(name, branches):
+    """fc6 keeps the outermost taps and the middle one; which filters, each head chooses for itself (arXiv:1412.7062, sec. 4.1)."""
+    theirs, model = narrow_vgg("D"), build(name, 2, width=8)
+    import_weights(model, theirs.state_dict(), "torchvision")
+    given = [layer.weight for layer in theirs.features if isinstance(layer, nn.Conv2d)]
+    own = [layer.weight for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
+    fc6 = theirs.classifier[0].weight.view(512, 64, 7, 7)[..., ::3, ::3]
+    heads = [part for part in model.decoder.modules() if isinstance(part, AtrousClassifier)]
+    assert len(heads) == branches
+    chosen = []
+    for head in heads:
+        same = head.fc6.weight[:, None, 0, 0, 0] == fc6[:, 0, 0, 0]  # (128 of ours, 512 of theirs)
+        index = same.int().argmax(1)
+        assert torch.equal(head.fc6.weight, fc6[index])
+        chosen.append(tuple(index.tolist()))
+    assert len(set(chosen)) == branches
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_vgg16_classifier_with_norms_or_without_fills_segnet(batch_norm):
+    theirs, model = narrow_vgg("D", batch_norm), build("segnet_paper", 2, width=8).eval()
+    import_weights(model, theirs.state_dict(), "torchvision")
+    kinds = (nn.Conv2d, nn.BatchNorm2d) if batch_norm else nn.Conv2d
+    pairs = zip(*([m for m in part.modules() if isinstance(m, kinds)] for part in (model.encoder, theirs.features)), strict=True)
+    assert all(torch.equal(value, b.state_dict()[key]) for a, b in pairs for key, value in a.state_dict().items())
+    if not batch_norm:
+        assert all((m.bias == 0.001).all() for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_failed_import_leaves_a_vgg_as_it_was():
+    state = narrow_vgg("D").state_dict()
+    state["features.28.weight"] = torch.zeros(3, 3)
+    model = build("deeplab_v1_paper", 2, width=8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="published weights need width=64"):
+        import_weights(model, state, "torchvision")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_unet_of_smp_needs_the_variant_that_has_its_head():

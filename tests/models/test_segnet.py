@@ -121,7 +121,7 @@ def test_a_narrow_path_refuses_published_weights_and_says_why(tmp_path):
         state = torchvision.models.vgg11().state_dict()
     file = tmp_path / "w.safetensors"
     save_file({key: torch.zeros(value.shape) for key, value in state.items() if "classifier" not in key}, file)
-    with pytest.raises(ValueError, match="Published weights need width 64"):
+    with pytest.raises(ValueError, match="published weights need width=64"):
         segnet(2, "vgg11", file, width=8)
 
 

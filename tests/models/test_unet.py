@@ -8,15 +8,13 @@ from torch.nn import functional
 from perpixel.models.layers import resize_logits
 from perpixel.models.unet import decoder_stages, unet, unet_paper
 
-ENCODERS = ["plain", "resnet18", "resnet34", "mobilenetv2_100", "vgg16_bn", "efficientnet_b0", "convnext_atto", "regnety_004"]
 
-
-@pytest.mark.parametrize("encoder", [*ENCODERS, "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("encoder", ["plain", "convnext_atto"])  # from stride 1 and from stride 4; all others: test_grid.py
 @pytest.mark.parametrize("head_stride", [1, 2, 4])
-def test_every_encoder_gives_logits_of_the_image_s_own_size(encoder, head_stride):
+def test_logits_have_the_image_s_own_size_wherever_the_decoder_stops(encoder, head_stride):
     with torch.device("meta"):
         model = unet(7, encoder, in_channels=4, head_stride=head_stride)
-        assert model(torch.zeros(2, 4, 64, 96)).shape == (2, 7, 64, 96)
+        assert model(torch.zeros(2, 4, 97, 131)).shape == (2, 7, 97, 131)
 
 
 def test_stages_halve_the_stride_and_take_a_skip_where_there_is_one():

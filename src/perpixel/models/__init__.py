@@ -1,20 +1,24 @@
-"""Models by name: `build` makes one, `describe` lists them. Each name is one line of a dict."""
+"""Models by name: `build` makes one, `table.py` lists them. Each name is one line of a dict."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from perpixel.models.convolutional import FullyConvolutional, convolutionize
 from perpixel.models.deeplab_v1 import deeplab_v1, deeplab_v1_paper
 from perpixel.models.deeplab_v2 import deeplab_v2, deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
 from perpixel.models.deeplab_v3 import deeplab_v3, deeplab_v3_paper, deeplab_v3_torchvision, deeplab_v3plus, deeplab_v3plus_paper
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.fcn import fcn, fcn8s_atonce_paper, fcn8s_paper, fcn16s_paper, fcn32s_alexnet_paper, fcn32s_paper, start_from
+from perpixel.models.fcn import (
+    fcn,
+    fcn8s_atonce_paper,
+    fcn8s_paper,
+    fcn16s_paper,
+    fcn32s_alexnet_paper,
+    fcn32s_paper,
+    fcn_googlenet_paper,
+    start_from,
+)
 from perpixel.models.fcn_resnet import fcn_resnet
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.segnet import bayesian_segnet_paper, segnet, segnet_paper
@@ -29,6 +33,7 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "fcn8s_paper": fcn8s_paper,
     "fcn8s_atonce_paper": fcn8s_atonce_paper,
     "fcn32s_alexnet_paper": fcn32s_alexnet_paper,
+    "fcn_googlenet_paper": fcn_googlenet_paper,
     "unet": unet,
     "unet_paper": unet_paper,
     "unet_release_paper": unet_release_paper,
@@ -49,7 +54,7 @@ MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "deeplab_v3plus_paper": deeplab_v3plus_paper,
 }
 
-# Recommended encoders; `unet` takes every timm network that gives feature maps.
+# Recommended encoders; models on any encoder take every timm network that gives feature maps.
 ENCODERS: dict[str, str] = {
     "plain": "U-Net's own path with batch norm; no published weights",
     "mobilenetv2_100": "the quickest on a processor",
@@ -59,55 +64,8 @@ ENCODERS: dict[str, str] = {
     "regnety_004": "few parameters, quick",
     "convnext_atto": "the smallest ConvNeXt; first map at stride 4",
     "vgg16_bn": "large and slow; first map at full resolution",
-}
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of `perpixel models`; parameters as built for 2 classes with default options, margin in pixels."""
-
-    name: str
-    paper: str
-    year: int
-    parameters: int
-    margin: int
-    note: str
-
-
-_PAPERS: dict[str, tuple[str, int, str]] = {
-    "fcn": ("Long et al., arXiv:1411.4038", 2015, "summed scores of any encoder's maps; default resnet34; takes googlenet"),
-    "fcn_resnet": ("Long et al., arXiv:1411.4038", 2015, "torchvision's fcn_resnet50 and 101, with auxiliary head"),
-    "fcn32s_paper": ("Long et al., arXiv:1411.4038", 2015, "VGG-16, padding 100, crop 19; frozen bilinear upsampling"),
-    "fcn16s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool4; starts from FCN-32s"),
-    "fcn8s_paper": ("Long et al., arXiv:1411.4038", 2015, "and scores of pool3; starts from FCN-16s"),
-    "fcn8s_atonce_paper": ("Shelhamer et al., arXiv:1605.06211", 2016, "FCN-8s straight from VGG-16, skips scaled"),
-    "fcn32s_alexnet_paper": ("Long et al., arXiv:1411.4038", 2015, "CaffeNet, crop 18"),
-    "unet": ("Ronneberger et al., arXiv:1505.04597", 2015, "its decoder on any encoder; default resnet34"),
-    "unet_paper": ("Ronneberger et al., arXiv:1505.04597", 2015, "as published: unpadded, 572x572 -> 388x388"),
-    "unet_release_paper": (
-        "Ronneberger et al., arXiv:1505.04597",
-        2015,
-        "as released: 128 maps in the last up-convolution, ReLU after each",
-    ),
-    "segnet": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "its decoder on any VGG; default vgg16_bn"),
-    "segnet_paper": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "as published: VGG-16 and its mirror"),
-    "segnet_basic_paper": ("Badrinarayanan et al., arXiv:1511.00561", 2015, "as published; variant= seven other decoders of Table 1"),
-    "bayesian_segnet_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet with dropout for Monte Carlo samples"),
-    "bayesian_segnet_basic_paper": ("Kendall et al., arXiv:1511.02680", 2015, "as published: SegNet-Basic with dropout"),
-    "deeplab_v1": ("Chen et al., arXiv:1412.7062", 2015, "its large field of view on any encoder; default resnet34"),
-    "deeplab_v1_paper": ("Chen et al., arXiv:1412.7062", 2015, "as published on VGG-16, without its CRF; 321x321, LargeFOV"),
-    "deeplab_v2": ("Chen et al., arXiv:1606.00915", 2017, "its atrous pyramid on any encoder; default resnet34"),
-    "deeplab_v2_vgg16_paper": ("Chen et al., arXiv:1606.00915", 2017, "as published on VGG-16, without its CRF; 321x321, ASPP-L"),
-    "deeplab_v2_resnet101_paper": (
-        "Chen et al., arXiv:1606.00915",
-        2017,
-        "as published on ResNet-101, without its CRF; three scales, largest score",
-    ),
-    "deeplab_v3": ("Chen et al., arXiv:1706.05587", 2017, "its pyramid with image pooling on any encoder; default resnet34"),
-    "deeplab_v3_paper": ("Chen et al., arXiv:1706.05587", 2017, "as published on ResNet-101; 513x513, output stride 16"),
-    "deeplab_v3_torchvision": ("Chen et al., arXiv:1706.05587", 2017, "torchvision's deeplabv3_resnet50, to take its weights"),
-    "deeplab_v3plus": ("Chen et al., arXiv:1802.02611", 2018, "v3 with a finer map in its decoder, on any encoder; default resnet34"),
-    "deeplab_v3plus_paper": ("Chen et al., arXiv:1802.02611", 2018, "as published on ResNet-101; 513x513, output stride 16"),
+    "squeezenet1_0": "torchvision's; the fewest parameters, coarsest map at stride 16",
+    "googlenet": "torchvision's, with batch norm",
 }
 
 
@@ -182,37 +140,12 @@ def build(
     return MODELS[name](classes, **given)
 
 
-def describe() -> list[ModelRow]:
-    """What can be built, in the order of `MODELS`; nothing is allocated or downloaded."""
-    rows = []
-    for name, builder in MODELS.items():
-        with torch.device("meta"):
-            model = builder(classes=2)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        paper, year, note = _PAPERS[name]
-        rows.append(ModelRow(name, paper, year, parameters, model.geometry.margin, note))
-    return rows
-
-
-def render(console: Console) -> None:
-    """What can be built, as tables for people."""
-    table = Table("model", "paper", "parameters", "margin", "", title="--set model.name=NAME")
-    for row in describe():
-        table.add_row(row.name, f"{row.paper}, {row.year}", f"{row.parameters:,}", str(row.margin), row.note)
-    console.print(table)
-    table = Table("encoder", "", title="--set model.encoder=NAME: any timm network with feature maps; these are recommended")
-    for name, note in ENCODERS.items():
-        table.add_row(name, note)
-    console.print(table)
-
-
 __all__ = [
     "ENCODERS",
     "MODELS",
     "Features",
     "FullyConvolutional",
     "InputGeometry",
-    "ModelRow",
     "SegmentationModel",
     "bayesian_segnet_basic_paper",
     "bayesian_segnet_paper",
@@ -228,15 +161,14 @@ __all__ = [
     "deeplab_v3_torchvision",
     "deeplab_v3plus",
     "deeplab_v3plus_paper",
-    "describe",
     "fcn",
     "fcn8s_atonce_paper",
     "fcn8s_paper",
     "fcn16s_paper",
     "fcn32s_alexnet_paper",
     "fcn32s_paper",
+    "fcn_googlenet_paper",
     "fcn_resnet",
-    "render",
     "segnet",
     "segnet_basic_paper",
     "segnet_paper",

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
-from perpixel.models.layers import initialise
+from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features
+from perpixel.models.torchvision_trunks import TorchvisionTrunk, any_encoder
 
-CAN_DILATE = "resnet18/34/50/101, vgg11 to vgg19 (with or without _bn), mobilenetv2_100, efficientnet_b0, convnext_*, regnety_*"
+CAN_DILATE = (
+    "resnet18/34/50/101, vgg11 to vgg19 (with or without _bn), mobilenetv2_100, efficientnet_b0, convnext_*, regnety_*, squeezenet1_0"
+)
 
 
 def field_of_view(kernel: int, rate: int) -> int:
@@ -38,23 +41,21 @@ def atrous_convolution(channels_in: int, channels_out: int, kernel: int, rate: i
     return nn.Conv2d(channels_in, channels_out, kernel, padding=holes // 2, dilation=rate, bias=bias)
 
 
+def separable_convolution(channels_in: int, channels_out: int, rate: int = 1) -> nn.Sequential:
+    """A 3x3 convolution of each map by itself, its taps `rate` apart, and a 1x1 one that mixes them; (N, C, H, W) -> (N, C', H, W).
+
+    Source: Chen et al. 2018, arXiv:1802.02611, section 3.1, without a norm between the two.
+    """
+    single = nn.Conv2d(channels_in, channels_in, 3, padding=rate, dilation=rate, groups=channels_in, bias=False)
+    return nn.Sequential(single, nn.Conv2d(channels_in, channels_out, 1, bias=False))
+
+
 def zoom(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer."""
     if x.shape[-2:] == size:
         return x
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-def enlarge_cells(x: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size), bilinear, in float32 at least, where each pixel of `x` stands for `stride` by `stride` pixels.
-
-    What lies beyond `size` is cut off at the right and below: there the encoder had padded the image to whole cells. A pixel's
-    logits thus come from the same place of a cell whatever the size of the image.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    whole = (x.shape[-2] * stride, x.shape[-1] * stride)
-    return functional.interpolate(x, size=whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
 
 class ContextNorm(nn.BatchNorm2d):
@@ -66,9 +67,10 @@ class ContextNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-def normalised(convolution: nn.Conv2d, momentum: float = 0.1, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Sequential:
-    """Convolution, batch norm, ReLU."""
-    return nn.Sequential(convolution, norm(convolution.out_channels, momentum=momentum), nn.ReLU(inplace=True))
+def normalised(convolution: nn.Conv2d | nn.Sequential, momentum: float = 0.1, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Sequential:
+    """Convolution (or several, the last of which gives the maps), batch norm, ReLU."""
+    *_, last = (layer for layer in convolution.modules() if isinstance(layer, nn.Conv2d))
+    return nn.Sequential(convolution, norm(last.out_channels, momentum=momentum), nn.ReLU(inplace=True))
 
 
 class AtrousPyramid(nn.Module):
@@ -76,7 +78,7 @@ class AtrousPyramid(nn.Module):
 
     A 1x1 convolution, a 3x3 one at each rate and the mean over the image, each `width` maps; concatenated (the mean first, then the
     1x1, then the rates), mixed by a 1x1 convolution. While training on a batch of one, the norm behind the mean has a single value a
-    channel and uses its running statistics (`ContextNorm`).
+    channel and uses its running statistics (`ContextNorm`). `separable`: the 3x3 ones are separable convolutions.
 
     Source: Chen et al. 2017, arXiv:1706.05587, Fig. 5 and section 3.3; the order is that of the authors' TensorFlow code.
     """
@@ -89,14 +91,17 @@ class AtrousPyramid(nn.Module):
         image_pooling: bool = True,
         dropout: float = 0.1,
         momentum: float = 0.1,
+        separable: bool = False,
     ) -> None:
         super().__init__()
         self.context = normalised(nn.Conv2d(channels_in, width, 1, bias=False), momentum, ContextNorm) if image_pooling else None
-        kernels = [(1, 1), *((3, rate) for rate in rates)]
-        self.branches = nn.ModuleList(
-            normalised(atrous_convolution(channels_in, width, kernel, rate, bias=False), momentum) for kernel, rate in kernels
-        )
-        count = len(kernels) + bool(image_pooling)
+        rated = [
+            separable_convolution(channels_in, width, rate) if separable else atrous_convolution(channels_in, width, 3, rate, bias=False)
+            for rate in rates
+        ]
+        branches = [nn.Conv2d(channels_in, width, 1, bias=False), *rated]
+        self.branches = nn.ModuleList(normalised(branch, momentum) for branch in branches)
+        count = len(branches) + bool(image_pooling)
         self.project = normalised(nn.Conv2d(count * width, width, 1, bias=False), momentum)
         self.drop = nn.Dropout(dropout)
         initialise(self)
@@ -168,28 +173,28 @@ class CoarselyTrainedDecoder(CornerDecoder):
 
 
 class CellDecoder(nn.Module):
-    """A head on the coarsest map of any encoder, each pixel of it a cell of `stride` by `stride` pixels of the image."""
+    """A head on the coarsest map of any encoder, each pixel of it a cell of the image."""
 
-    def __init__(self, head: nn.Module, stride: int) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.head, self.stride = head, stride
+        self.head = head
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        return enlarge_cells(self.head(features.maps[-1]), size, self.stride)
+        return resize_logits(self.head(features.maps[-1]), size)
 
 
-def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None, output_stride: int | None = None) -> TimmEncoder:
-    """An encoder from timm whose coarsest map has the stride asked for, by atrous convolution in its last stages.
-
-    It pads images with zeros, at the right and below, to whole cells of its coarsest map: it takes any size.
+def atrous_encoder(
+    name: str, in_channels: int = 3, weights: EncoderWeights = None, output_stride: int | None = None
+) -> TimmEncoder | TorchvisionTrunk:
+    """An encoder from timm or torchvision whose coarsest map has the stride asked for, by atrous convolution in its last stages.
 
     Args:
-        name, in_channels, weights: as for `timm_encoder`.
+        name, in_channels, weights: as for `any_encoder`.
         output_stride: 8 or 16; 32, or whatever the network has by itself, leaves it as it is. None: 16 where it can dilate, otherwise
             its own.
 
     Raises:
-        ValueError: as `timm_encoder`; and where the network cannot have `output_stride`, with the names of those that can.
+        ValueError: as `any_encoder`; and where the network cannot have `output_stride`, with the names of those that can.
 
     Poolings of VGG that no longer subsample become 3x3 with stride 1, as in DeepLab v1; what follows them is dilated. Swin and
     plain ViT cannot dilate (32 and 16 are what they have), nor can networks of which timm does not know it.
@@ -205,22 +210,21 @@ def atrous_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = No
             dilate_vgg(encoder, wanted)
     else:
         encoder = _dilated(name, in_channels, weights, wanted, natural=output_stride is None)
-    encoder.pad_to = encoder.strides[-1]
     return encoder
 
 
-def _dilated(name: str, in_channels: int, weights: EncoderWeights, wanted: int, natural: bool) -> TimmEncoder:
+def _dilated(name: str, in_channels: int, weights: EncoderWeights, wanted: int, natural: bool) -> TimmEncoder | TorchvisionTrunk:
     """Dilated by timm; or as it is where that is what is wanted, or where anything is and it cannot dilate (`natural`)."""
     if wanted < 32:
         try:
-            encoder = timm_encoder(name, in_channels, None, wanted)
+            encoder = any_encoder(name, in_channels, None, wanted)
         except ValueError as error:
             if "unknown encoder" in str(error) or "in_channels" in str(error):
                 raise
         else:
             if encoder.strides[-1] == wanted:
-                return timm_encoder(name, in_channels, weights, wanted) if weights else encoder
-    encoder = timm_encoder(name, in_channels, weights)
+                return any_encoder(name, in_channels, weights, wanted) if weights else encoder
+    encoder = any_encoder(name, in_channels, weights)
     if not natural and encoder.strides[-1] != wanted:
         raise ValueError(
             f"encoder {name!r} cannot have output stride {wanted}; its own is {encoder.strides[-1]}: leave output_stride out, or take one "

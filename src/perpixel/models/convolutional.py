@@ -15,7 +15,7 @@ class FullyConvolutional(nn.Module):
     Attributes:
         features: the classifier's convolutions and poolings.
         classifier: the first fully connected layer as a convolution of the size of the map at the training size, the others as 1x1.
-        side: (height, width) of that map.
+        side: (height, width) of that map; (1, 1) where the classifier was made of 1x1 convolutions already.
     """
 
     def __init__(self, features: nn.Module, classifier: nn.Sequential, side: tuple[int, int]) -> None:
@@ -25,7 +25,7 @@ class FullyConvolutional(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(N, 3, H, W) as the classifier was trained -> (N, K, h, w) scores; 1x1 at 224x224, one more per 32 pixels of a side.
 
-        The softmax of channel k, upsampled to the image, is the heat map of class k.
+        SqueezeNet: 13x13 at 224x224, one more per 16 pixels. The softmax of channel k, upsampled to the image, is the heat map of class k.
         """
         x: Tensor = self.features(image)
         height, width = self.side
@@ -45,9 +45,13 @@ def convolutionize(classifier: nn.Module, dropout: bool = True) -> FullyConvolut
     between the two parts is the identity, and it is left out. Larger images give a map of scores, each for a 224x224 window at a stride
     of 32 pixels, but with the neighbourhood in place of padding: not quite what the classifier says of a cut-out window.
 
+    A classifier that scores every place by 1x1 convolutions and then averages (SqueezeNet) loses the average: the mean of its map of
+    scores equals the classifier's scores, at any size.
+
     Args:
-        classifier: torchvision's `alexnet` or `vgg11` .. `vgg19_bn`, or any module with `features`, an `avgpool` of fixed size, and
-            `classifier`, a sequence of linear layers, activations and dropout. Its mode (train or eval) is kept.
+        classifier: torchvision's `alexnet`, `vgg11` .. `vgg19_bn` or `squeezenet1_0` and `1_1`; or any module with `features`, an `avgpool`
+            of fixed size, and `classifier`, a sequence of linear layers, activations and dropout; or with `features` and `classifier`, a
+            sequence of 1x1 convolutions, activations and dropout that ends with a global average. Its mode (train or eval) is kept.
         dropout: keep its dropout layers, which act while training.
 
     Raises:
@@ -56,26 +60,39 @@ def convolutionize(classifier: nn.Module, dropout: bool = True) -> FullyConvolut
     Source: Long, Shelhamer & Darrell 2015, arXiv:1411.4038, sec. 3.1.
     """
     features, pool, layers = (getattr(classifier, name, None) for name in ("features", "avgpool", "classifier"))
-    side, name = _side(pool), type(classifier).__name__
-    linear = isinstance(layers, nn.Sequential) and any(isinstance(layer, nn.Linear) for layer in layers)
-    if not (isinstance(features, nn.Module) and isinstance(layers, nn.Sequential) and linear) or side is None:
-        raise ValueError(
-            f"{name} can't be turned: it needs `features`, an `avgpool` to a fixed size above 1x1, and `classifier`, a sequence with "
-            "linear layers. Give torchvision's alexnet or vgg11 to vgg19_bn"
-        )
+    name = type(classifier).__name__
+    if isinstance(features, nn.Module) and isinstance(layers, nn.Sequential):
+        if pool is None and len(layers) and _averages_all(layers[-1]):
+            side, layers = (1, 1), layers[:-1]
+            scored = any(isinstance(layer, nn.Conv2d) for layer in layers)
+        else:
+            side, scored = _side(pool) or (0, 0), any(isinstance(layer, nn.Linear) for layer in layers)
+        if scored and side != (0, 0):
+            head = nn.Sequential(*_as_convolutions(layers, side, dropout, name))
+            return FullyConvolutional(copy.deepcopy(features), head, side).train(classifier.training)
+    raise ValueError(
+        f"{name} can't be turned: it needs `features`, an `avgpool` to a fixed size above 1x1, and `classifier`, a sequence with "
+        "linear layers. Give torchvision's alexnet or vgg11 to vgg19_bn, or a squeezenet, whose scores are averaged last"
+    )
+
+
+def _as_convolutions(layers: nn.Sequential, side: tuple[int, int], dropout: bool, name: str) -> list[nn.Module]:
     turned: list[nn.Module] = []
-    seen = side
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            turned.append(_as_convolution(layer, seen))
-            seen = (1, 1)
+            turned.append(_as_convolution(layer, side))
+            side = (1, 1)
         elif isinstance(layer, nn.Dropout):
             turned += [copy.deepcopy(layer)] if dropout else []
-        elif isinstance(layer, nn.ReLU):
+        elif isinstance(layer, nn.ReLU) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == side == (1, 1)):
             turned.append(copy.deepcopy(layer))
         else:
-            raise ValueError(f"{name} can't be turned: its classifier holds {layer}; known are linear, ReLU and dropout")
-    return FullyConvolutional(copy.deepcopy(features), nn.Sequential(*turned), side).train(classifier.training)
+            raise ValueError(f"{name} can't be turned: its classifier holds {layer}; known are linear, 1x1 convolution, ReLU and dropout")
+    return turned
+
+
+def _averages_all(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
 
 
 def _side(pool: object) -> tuple[int, int] | None:

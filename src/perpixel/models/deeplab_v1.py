@@ -16,8 +16,8 @@ from perpixel.models.atrous import (
 )
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.layers import initialise
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
-from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
+from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,20 @@ class AtrousClassifier(nn.Module):
         x = self.drop(self.relu(self.fc6(x)))
         return self.fc8(self.drop(self.relu(self.fc7(x))))
 
-    @torch.no_grad()
     def load_classifier(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> None:
         """Takes fc6 and fc7 of torchvision's VGG-16 classifier, decimated (`decimate`); the scores stay as they are."""
-        for key, value in decimate(fully_connected(state, source=source), self.fc6.kernel_size[0], self.fc6.out_channels, seed).items():
+        self.load_state_dict(self.decimated(state, source, seed), strict=False)
+
+    def decimated(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> dict[str, Tensor]:
+        """What `load_classifier` would take; ValueError if it does not fit."""
+        kept = decimate(fully_connected(state, source=source), self.fc6.kernel_size[0], self.fc6.out_channels, seed)
+        for key, value in kept.items():
             own = self.get_parameter(key)
             if own.shape != value.shape:
                 raise ValueError(
                     f"{source}: {key} has shape {tuple(value.shape)}, the model {tuple(own.shape)}; published weights need width=64"
                 )
-            own.copy_(value)
+        return kept
 
 
 def decimate(fully_connected: Mapping[str, Tensor], kernel: int, width: int, seed: int = 0) -> dict[str, Tensor]:
@@ -164,7 +168,7 @@ def deeplab_v1_paper(
     fc6 = Fc6(chosen.kernel, chosen.rate, chosen.width * width // 64)
     encoder = vgg_trunk(in_channels, width, image_beside=multi_scale)
     classifier = AtrousClassifier(encoder.channels[-1], classes, fc6, dropout)
-    load_vgg(encoder, [classifier], encoder_weights)
+    load_vgg(encoder, classifier, encoder_weights)
     # Caffe's average counts the padding: 9 in every window.
     head = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=True), classifier)
     if multi_scale:
@@ -215,14 +219,23 @@ def vgg_trunk(in_channels: int, width: int, image_beside: bool = False) -> VGGPa
     return trunk
 
 
-def load_vgg(encoder: VGGPath, classifiers: Sequence[AtrousClassifier], weights: EncoderWeights) -> None:
-    """Gives a trunk and its classifiers the weights of torchvision's VGG-16; each classifier chooses filters of its own."""
-    if not weights:
-        return
-    state = classifier_weights(weights, "vgg16")
-    encoder.load_classifier(state, str(weights))
-    for seed, classifier in enumerate(classifiers):
-        classifier.load_classifier(state, str(weights), seed)
+def load_vgg(encoder: VGGPath, head: nn.Module, weights: EncoderWeights) -> None:
+    """`load_classifier` of published weights: True downloads torchvision's VGG-16, a file is read, None leaves all as it is."""
+    if weights:
+        load_classifier(encoder, head, classifier_weights(weights, "vgg16"), source_of(weights, "vgg16"))
+
+
+def load_classifier(encoder: VGGPath, head: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> None:
+    """Gives a trunk and every `AtrousClassifier` in `head` the weights of VGG-16; each chooses filters of its own.
+
+    Raises:
+        ValueError: if they are another network's, lack fc6 and fc7, or the model is not of the published width; then nothing is changed.
+    """
+    parts = [part for part in head.modules() if isinstance(part, AtrousClassifier)]
+    kept = [part.decimated(state, source, seed) for seed, part in enumerate(parts)]
+    encoder.load_classifier(state, source)
+    for part, weights in zip(parts, kept, strict=True):
+        part.load_state_dict(weights, strict=False)
 
 
 def caffe_multipliers(encoder: nn.Module, decoder: nn.Module) -> dict[str, tuple[float, float]]:
@@ -279,4 +292,4 @@ def deeplab_v1(
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
     head = AtrousClassifier(path.channels[-1], classes, Fc6(3, max(96 // stride, 1), width), dropout)
-    return SegmentationModel(path, CellDecoder(head, stride), classes, InputGeometry(minimum=stride + 1))
+    return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))

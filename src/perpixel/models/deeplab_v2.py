@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from perpixel.models.atrous import CellDecoder, CoarselyTrainedDecoder, SummedPyramid, atrous_encoder, summed, zoom
 from perpixel.models.deeplab_v1 import GEOMETRY, AtrousClassifier, Fc6, caffe_multipliers, load_vgg, vgg_trunk
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.model import Encoder, Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Encoder, Features, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
 
 # Rates of the branches. Source: arXiv:1606.00915, section 4.1.2.
@@ -54,7 +54,7 @@ def deeplab_v2_vgg16_paper(
     rates = _rates(variant)
     encoder = vgg_trunk(in_channels, width)
     head = SummedClassifiers(encoder.channels[-1], classes, rates, 16 * width, dropout)
-    load_vgg(encoder, [branch for branch in head.branches if isinstance(branch, AtrousClassifier)], encoder_weights)
+    load_vgg(encoder, head, encoder_weights)
     decoder = CoarselyTrainedDecoder(head)
     return SegmentationModel(encoder, decoder, classes, GEOMETRY, caffe_multipliers(encoder, decoder))
 
@@ -183,4 +183,4 @@ def deeplab_v2(
     stride = path.strides[-1]
     pyramid = SummedPyramid(path.channels[-1], classes, [max(8 * rate // stride, 1) for rate in RATES["aspp_l"]])
     head = nn.Sequential(nn.Dropout2d(dropout), pyramid)
-    return SegmentationModel(path, CellDecoder(head, stride), classes, InputGeometry(minimum=stride + 1))
+    return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))

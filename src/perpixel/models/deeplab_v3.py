@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, enlarge_cells, normalised, small_scores, zoom
+from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
+from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
 from perpixel.models.encoders import EncoderWeights, timm_encoder
 from perpixel.models.layers import initialise, resize_logits
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
 
 # PyTorch counts the new share of a running mean, TensorFlow the old: decay 0.9997 (arXiv:1706.05587, section 4.1).
@@ -29,8 +30,7 @@ class FineDecoder(nn.Module):
         rates: of the pyramid.
         width: maps of pyramid and decoder.
         fine_width: maps that the fine one is reduced to (arXiv:1802.02611, table 1).
-        stride: None enlarges with corners on corners, as published; a number takes each pixel of the fine map for a cell of
-            `stride` by `stride` pixels.
+        corners: enlarge with corner pixels on corner pixels, as published; otherwise with pixels as areas.
         fine, coarse: which of the encoder's maps these are.
     """
 
@@ -44,11 +44,11 @@ class FineDecoder(nn.Module):
         image_pooling: bool = True,
         dropout: float = 0.1,
         momentum: float = 0.1,
-        stride: int | None = None,
+        corners: bool = True,
         fine: int = 0,
     ) -> None:
         super().__init__()
-        self.stride, self.fine = stride, fine
+        self.enlarge, self.fine = zoom if corners else resize_logits, fine
         self.reduce = normalised(nn.Conv2d(channels[0], fine_width, 1, bias=False), momentum)
         convolutions = [nn.Conv2d(before, width, 3, padding=1, bias=False) for before in (width + fine_width, width)]
         self.convolve = nn.Sequential(*(normalised(layer, momentum) for layer in convolutions))
@@ -59,13 +59,9 @@ class FineDecoder(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         fine = self.reduce(features.maps[self.fine])
-        coarse, shape = self.pyramid(features.maps[-1]), (fine.shape[-2], fine.shape[-1])
-        if self.stride is None:
-            coarse = zoom(coarse, shape)
-        elif coarse.shape[-2:] != shape:
-            coarse = enlarge_cells(coarse, shape, shape[0] // coarse.shape[-2])
+        coarse = self.enlarge(self.pyramid(features.maps[-1]), (fine.shape[-2], fine.shape[-1]))
         x = self.classify(self.convolve(torch.cat([coarse.to(fine.dtype), fine], dim=1)))
-        return zoom(x, size) if self.stride is None else enlarge_cells(x, size, self.stride)
+        return self.enlarge(x, size)
 
 
 def _scores_of(pyramid: AtrousPyramid, width: int, classes: int) -> nn.Sequential:
@@ -227,9 +223,8 @@ def deeplab_v3(
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
     pyramid = AtrousPyramid(path.channels[-1], pyramid_rates(stride), width, image_pooling, dropout)
-    decoder = CellDecoder(_scores_of(pyramid, width, classes), stride)
-    # Two cells per side, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=stride + 1))
+    decoder = CellDecoder(_scores_of(pyramid, width, classes))
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
 
 def deeplab_v3plus(
@@ -240,33 +235,48 @@ def deeplab_v3plus(
     output_stride: int | None = None,
     width: int = 256,
     image_pooling: bool = True,
-    dropout: float = 0.1,
+    dropout: float | None = None,
+    variant: str | None = None,
 ) -> SegmentationModel:
     """DeepLab v3+ on any encoder: the pyramid of v3 beside the encoder's map at stride 4. Arguments and errors as in `deeplab_v3`.
 
     An encoder without a map at stride 4 gives its coarsest one that is finer, or its finest; a plain ViT has all its maps at one stride
     (16), so there the decoder adds depth but no detail.
+
+        dropout: None: 0.1, and 0.5 with variant "smp".
+        variant: "smp": as `DeepLabV3Plus` of segmentation_models.pytorch, with separable convolutions and rates 12, 24, 36, so that its
+            checkpoints can be read (`bundle.import_weights`); 12,329,493 parameters on resnet18 for 21 classes.
     """
-    path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
-    fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
-    decoder = FineDecoder(
-        (path.channels[fine], path.channels[-1]),
-        classes,
-        pyramid_rates(path.strides[-1]),
-        width=width,
-        image_pooling=image_pooling,
-        dropout=dropout,
-        stride=path.strides[fine],
-        fine=fine,
-    )
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=path.strides[-1] + 1))
+    if variant not in (None, "smp"):
+        raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    decoder: FineDecoder | SmpDecoder
+    if variant == "smp":
+        if not image_pooling:
+            raise ValueError("image_pooling is a part of variant 'smp'. Leave it out")
+        path = smp_encoder(encoder, in_channels, encoder_weights, output_stride or 16)
+        fine = path.strides.index(4)
+        decoder = SmpDecoder((path.channels[fine], path.channels[-1]), classes, width, 0.5 if dropout is None else dropout, fine)
+    else:
+        path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
+        fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
+        decoder = FineDecoder(
+            (path.channels[fine], path.channels[-1]),
+            classes,
+            pyramid_rates(path.strides[-1]),
+            width=width,
+            image_pooling=image_pooling,
+            dropout=0.1 if dropout is None else dropout,
+            corners=False,
+            fine=fine,
+        )
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
 
 class TorchvisionDecoder(nn.Module):
     """Head of torchvision's DeepLab v3, and an FCN head on the map before the last, which training takes half a loss on.
 
     The pyramid is followed by another 3x3 convolution; logits are resized with pixels as areas. Pyramid and order of its branches are
-    torchvision's: 1x1, rates, image pooling. Their weights are put in ours by `torchvision_keys`.
+    torchvision's: 1x1, rates, image pooling. Their weights are put in ours by `key_maps`.
     """
 
     loss_weights: tuple[float, ...] = (1.0, 0.5)
@@ -302,7 +312,7 @@ def deeplab_v3_torchvision(
         encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
         depth: 50 or 101.
 
-    It is there to take torchvision's weights (`torchvision_keys`), and computes what torchvision does. Other than in
+    It is there to take torchvision's weights (`bundle.import_weights`), and computes what torchvision does. Other than in
     `deeplab_v3_paper`: strides in the first unit's 3x3, output stride 8 without multi-grid, dropout 0.5.
     """
     if depth not in UNITS:

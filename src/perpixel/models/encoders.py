@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from perpixel.models.layers import double_convolution
 from perpixel.models.model import Features
@@ -68,7 +67,6 @@ class TimmEncoder(nn.Module):
         strides: of each map.
         batch_norm_folded: the loaded file carried batch norm as biases only (mean 0, variance 1 - eps, scale 1); the statistics
             must then be measured anew before batch norm is trained.
-        pad_to: sides of an image are brought to multiples of this, by zeros at the right and below; the maps cover those too.
     """
 
     def __init__(self, name: str, in_channels: int, output_stride: int | None = None) -> None:
@@ -79,14 +77,10 @@ class TimmEncoder(nn.Module):
         self.channels: list[int] = list(info.channels())  # type: ignore[union-attr, operator]
         self.strides: list[int] = list(info.reduction())  # type: ignore[union-attr, operator]
         self.batch_norm_folded = False
-        self.pad_to = 1
         layout = getattr(self.network, "output_fmt", None)
         self._maps_are_nhwc = getattr(layout, "value", "NCHW") == "NHWC"
 
     def forward(self, image: Tensor) -> Features:
-        down, right = (-side % self.pad_to for side in image.shape[-2:])
-        if down or right:
-            image = functional.pad(image, (0, right, 0, down))
         try:
             maps: list[Tensor] = list(self.network(image))
         except AssertionError as error:  # timm's way of saying so

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 
 from perpixel.models.alexnet import CaffeNetPath
-from perpixel.models.encoders import EncoderWeights, TimmEncoder, read_weights, timm_encoder
-from perpixel.models.googlenet import GoogLeNetPath
+from perpixel.models.encoders import EncoderWeights, read_weights
+from perpixel.models.googlenet import GoogLeNet2014Path
 from perpixel.models.layers import initialise, resize, resize_logits
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
-from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
+from perpixel.models.torchvision_trunks import any_encoder
+from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 
 
 class FCNPath(nn.Module):
@@ -271,6 +271,40 @@ def fcn32s_alexnet_paper(
     return model
 
 
+def fcn_googlenet_paper(
+    classes: int, in_channels: int = 3, encoder_weights: EncoderWeights = None, width: int = 64, dropout: float = 0.4
+) -> SegmentationModel:
+    """FCN-GoogLeNet of the paper's table 1: 5,995,077 trainable parameters for 21 classes, images of any size.
+
+    Args:
+        classes: K.
+        in_channels: bands of the image.
+        encoder_weights: None, or the bundle of a net of the same kind. torchvision's GoogLeNet is another network (batch norm, 3x3 in
+            place of 5x5 filters): `fcn(encoder="googlenet")` takes it.
+        width: maps of the first layer, a multiple of 4; 64 as published.
+        dropout: share of values dropped from the last map while training.
+
+    The net was never released. From the papers: the trunk of 2014 (no batch norm, 5x5 filters, poolings rounded up) without its
+    average pooling and auxiliary classifiers, 1x1 scores, bilinear upsampling by 32, biases at twice the learning rate. Inferred from
+    the released nets: 100 zeros around the image, scores that start at zero, a frozen 63x63 upsampling (odd, as where scores lie on
+    pixels, in FCN-AlexNet), no decay of biases. Computed for these: the crop of 98. Inferred from the classifier: dropout of 0.4.
+    Normalisations across maps as in Caffe's: 5 maps, alpha 1e-4, beta 0.75.
+
+    A map's pixel sees 715 pixels of the image; the paper's 907 count the 7x7 average pooling that it drops (715 + 6 * 32).
+
+    Deviations: as in `fcn32s_paper`. The authors started from their own training of the classifier, which was not released either.
+    """
+    encoder = GoogLeNet2014Path(in_channels, width, dropout)
+    decoder = FCNPaperDecoder(encoder.channels, classes, (), Last("upscore", 63, 32, 98))
+    rates = _doubled_biases(encoder, "encoder.") | _doubled_biases(decoder, "decoder.")
+    model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates)
+    if encoder_weights is True:
+        raise ValueError("no library offers the GoogLeNet of 2014 for download; train without: encoder_weights=None, or fcn on 'googlenet'")
+    if encoder_weights:
+        start_from(model, read_weights(Path(encoder_weights)), str(encoder_weights))
+    return model
+
+
 def _on_vgg16(
     classes: int,
     in_channels: int,
@@ -287,7 +321,7 @@ def _on_vgg16(
     model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates)
     if weights:
         state = classifier_weights(weights, "vgg16")
-        source = "torchvision's vgg16" if weights is True else str(weights)
+        source = source_of(weights, "vgg16")
         if any(name.startswith("encoder.") for name in state):
             start_from(model, state, source)
         else:
@@ -375,11 +409,11 @@ def fcn(
     head_stride: int = 8,
     dropout: float = 0.1,
 ) -> SegmentationModel:
-    """FCN on any encoder: scores of its maps, summed from coarse to fine, upsampled bilinearly; labels every pixel of the image.
+    """FCN on any encoder: scores of its maps, summed from coarse to fine, upsampled bilinearly; labels every pixel of an image of any size.
 
     Args:
         classes: K.
-        encoder: any timm network with feature maps, or "googlenet" (torchvision's, with batch norm, without its auxiliary classifiers).
+        encoder: any timm network with feature maps, or torchvision's "googlenet" (with batch norm) or "squeezenet1_0".
         encoder_weights: None, True (download through timm or torchvision), or a .safetensors/.pth file with their keys.
         in_channels: bands of the image.
         head_stride: 32: scores of the coarsest map alone (FCN-32s); 16 and 8 add finer maps (FCN-16s, FCN-8s).
@@ -391,19 +425,6 @@ def fcn(
     Raises:
         ValueError: for an unknown encoder or illegal option, and for weights that do not belong to the encoder.
     """
-    path: TimmEncoder | GoogLeNetPath
-    if encoder == "googlenet":
-        path = GoogLeNetPath(in_channels)
-        if encoder_weights:
-            path.load_classifier(classifier_weights(encoder_weights, "googlenet"), str(encoder_weights))
-    else:
-        path = timm_encoder(encoder, in_channels, encoder_weights)
+    path = any_encoder(encoder, in_channels, encoder_weights)
     decoder = FCNDecoder(path.channels, path.strides, classes, head_stride, dropout)
-    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one. Convolutions round odd sizes.
-    return SegmentationModel(path, decoder, classes, InputGeometry(multiple=patch_size(path), minimum=2 * max(path.strides)))
-
-
-def patch_size(encoder: nn.Module) -> int:
-    """The side of the patches that a transformer cuts an image into, of which sides must be multiples; 1 for all others."""
-    sizes = [part.patch_size for part in encoder.modules() if isinstance(part, timm.layers.PatchEmbed)]
-    return max((max(size) for size in sizes), default=1)
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))

@@ -7,34 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.encoders import TimmEncoder, fit_bands, load_timm
-from perpixel.models.fcn_resnet import FCNResNetDecoder
+from perpixel.models.deeplab_v1 import AtrousClassifier, load_classifier
+from perpixel.models.deeplab_v3_smp import RESNETS, SmpDecoder
+from perpixel.models.encoders import TimmEncoder, batch_norm_is_folded, fit_bands, load_timm
+from perpixel.models.key_maps import SMP, TORCHVISION, KeyMap
 from perpixel.models.model import SegmentationModel
-from perpixel.models.unet import UNetDecoder
+from perpixel.models.vgg import VGGPath
 
 Source = Literal["torchvision", "timm", "caffe_npz", "smp"]
-Pairs = tuple[tuple[str, str], ...]
-
-# Whole models of torchvision.models.segmentation, by our decoder: (regular expression for the beginning of their keys, ours).
-TORCHVISION_MODELS: dict[type[nn.Module], Pairs] = {
-    FCNResNetDecoder: (
-        (r"backbone\.", "encoder.network."),
-        (r"classifier\.", "decoder.classifier."),
-        (r"aux_classifier\.", "decoder.aux_classifier."),
-    ),
-}
-
-# Whole models of segmentation_models.pytorch, by our decoder. Their ResNets have torchvision's names, as timm's have.
-SMP_MODELS: dict[type[nn.Module], Pairs] = {
-    UNetDecoder: (
-        (r"encoder\.", "encoder.network."),
-        (r"decoder\.blocks\.(\d+)\.conv1\.0\.", r"decoder.stages.\1.convolve.0."),
-        (r"decoder\.blocks\.(\d+)\.conv1\.1\.", r"decoder.stages.\1.convolve.1."),
-        (r"decoder\.blocks\.(\d+)\.conv2\.0\.", r"decoder.stages.\1.convolve.3."),
-        (r"decoder\.blocks\.(\d+)\.conv2\.1\.", r"decoder.stages.\1.convolve.4."),
-        (r"segmentation_head\.0\.", "decoder.classify."),
-    ),
-}
 
 
 def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], source: Source) -> None:
@@ -42,11 +22,15 @@ def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], sour
 
     | source | `state_dict` holds | goes into |
     |---|---|---|
-    | "torchvision" | a classifier that the model's trunk comes from (`vgg16`, `googlenet`) | the trunk, fc6 and fc7 included |
+    | "torchvision" | `vgg16` | the trunk of FCN, fc6 and fc7 included; of DeepLab v1 and v2, with these two decimated |
+    | "torchvision" | `vgg11` .. `vgg19_bn` | the encoder of SegNet; its norms stay where the file has none |
+    | "torchvision" | `googlenet`, `squeezenet1_0` | the encoder of that name |
     | "torchvision" | `fcn_resnet50`, `fcn_resnet101`, with or without auxiliary head | the whole `fcn_resnet` |
+    | "torchvision" | `deeplabv3_resnet50`, `deeplabv3_resnet101`, likewise | the whole `deeplab_v3_torchvision` |
     | "timm" | a network of timm, whole or without its head | the encoder |
     | "caffe_npz" | blobs by name of layer, e.g. of the FCN release | every layer of that name |
-    | "smp" | `Unet` of segmentation_models.pytorch on a ResNet | `unet(encoder="resnet..", variant="smp")` |
+    | "smp" | `Unet` of segmentation_models.pytorch on a ResNet or on "tu-NAME" | `unet(encoder=NAME, variant="smp")` |
+    | "smp" | `DeepLabV3Plus` of it on the same | `deeplab_v3plus(encoder=NAME, variant="smp")` |
 
     Caffe's blobs are named "conv1_1/0" (or "conv1_1.weight") for weights and "conv1_1/1" (or "conv1_1.bias") for biases, as arrays or
     tensors; fully connected fc6 and fc7 are reshaped to convolutions. Layers of the model that the file lacks stay as they are (so a
@@ -78,56 +62,57 @@ def import_weights(model: SegmentationModel, state_dict: Mapping[str, Any], sour
 
 
 def _from_torchvision(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
+    source = "torchvision's classifier"
     if any(key.startswith("backbone.") for key in state):
-        _whole(model, state, TORCHVISION_MODELS, "torchvision")
-        return
-    load = getattr(model.encoder, "load_classifier", None)
-    if load is None:
+        _whole(model, state, TORCHVISION, "torchvision")
+    elif isinstance(model.encoder, VGGPath) and any(isinstance(part, AtrousClassifier) for part in model.decoder.modules()):
+        load_classifier(model.encoder, model.decoder, state, source)
+    elif isinstance(model.encoder, VGGPath):
+        model.encoder.load_classifier(state, source, without_norms=True)
+    elif (load := getattr(model.encoder, "load_classifier", None)) is not None:
+        load(state, source)
+    else:
         raise ValueError(
-            f"{type(model.encoder).__name__} takes no classifier of torchvision; models on VGG and GoogLeNet do, such as fcn8s_paper. "
-            "An encoder of timm takes timm's weights: source='timm'"
+            f"{type(model.encoder).__name__} takes no classifier of torchvision; models on VGG, GoogLeNet and SqueezeNet do, such as "
+            "fcn8s_paper. An encoder of timm takes timm's weights: source='timm'"
         )
-    load(state, "torchvision's classifier")
 
 
 def _from_timm(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
     if not isinstance(model.encoder, TimmEncoder):
         raise ValueError(f"the encoder is {type(model.encoder).__name__}, none of timm's; build the model with encoder=NAME")
     load_timm(model.encoder.network, state, "timm's weights", model.encoder.name)
+    model.encoder.batch_norm_folded = batch_norm_is_folded(state)
 
 
 def _from_smp(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
-    _whole(model, state, SMP_MODELS, "segmentation_models.pytorch")
+    if isinstance(model.decoder, SmpDecoder) and isinstance(model.encoder, TimmEncoder):
+        name, wrapped = model.encoder.name, any(key.startswith("encoder.model.") for key in state)
+        if wrapped and name in RESNETS:
+            raise ValueError(f"the state dict is of 'tu-{name}', whose stages dilate otherwise than those of {name!r}, which can be read")
+    _whole(model, state, SMP, "segmentation_models.pytorch")
 
 
-def _whole(model: SegmentationModel, state: Mapping[str, Tensor], table: Mapping[type[nn.Module], Pairs], origin: str) -> None:
-    """Renames the keys of a whole model and copies them; every weight of ours must be there, an auxiliary head apart."""
-    pairs = table.get(type(model.decoder))
-    if pairs is None:
-        known = ", ".join(sorted(decoder.__name__ for decoder in table)) or "none yet"
+def _whole(model: SegmentationModel, state: Mapping[str, Tensor], table: Mapping[type[nn.Module], KeyMap], origin: str) -> None:
+    """Renames the keys of a whole model and copies them; every weight of ours must be there, an optional part apart."""
+    keys = table.get(type(model.decoder))
+    if keys is None:
+        known = ", ".join(sorted(decoder.__name__ for decoder in table))
         raise ValueError(
             f"{origin} has no model with a {type(model.decoder).__name__} that can be read; decoders it can be read into: {known}"
         )
-    renamed = {new: value for key, value in state.items() if (new := _renamed(key, pairs)) is not None}
-    own = model.state_dict()
-    helpers = "aux_classifier" in " ".join(renamed)  # torchvision builds it only on request, and publishes checkpoints with it
-    lacking = [k for k in own if k not in renamed and not k.endswith("num_batches_tracked") and (helpers or ".aux_classifier." not in k)]
-    foreign = [key for key in state if _renamed(key, pairs) not in own]
+    renamed, own = keys.rename(state), model.state_dict()
+    # torchvision builds its auxiliary head only on request, and publishes checkpoints with it.
+    absent = keys.optional if keys.optional and not any(key.startswith(keys.optional) for key in renamed) else None
+    needed = [key for key in own if not key.endswith("num_batches_tracked") and not (absent and key.startswith(absent))]
+    lacking = [key for key in needed if key not in renamed]
+    foreign = [key for key in state if keys.name(key) not in own]
     if lacking or foreign:
         what = f"lacks {lacking[0]}" if lacking else f"has the foreign {foreign[0]}"
         raise ValueError(f"not the weights of this model as {origin} names them: the state dict {what} (as we name it: {_examples(own)})")
     fitted = {key: _fitted(value, own[key], key) for key, value in renamed.items()}
     for key, value in fitted.items():
         own[key].copy_(value)
-
-
-def _renamed(key: str, pairs: Pairs) -> str | None:
-    """Their key in our names; None where no beginning fits."""
-    for theirs, ours in pairs:
-        renamed, fits = re.subn(f"^{theirs}", ours, key)
-        if fits:
-            return renamed
-    return None
 
 
 def _fitted(value: Tensor, own: Tensor, key: str) -> Tensor:

@@ -1,10 +1,11 @@
 """What every model is made of: an encoder, a decoder, and the rule for the sizes they take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass
@@ -62,18 +63,23 @@ class InputGeometry:
         remainder: a legal side modulo `multiple`.
         margin: pixels at each border that are seen but not labelled (unpadded convolutions).
         minimum: smallest legal side, in pixels.
+        pads: whether the model brings other sizes to a legal one itself, by zeros at the right and below, and cuts the logits. Models
+            on any encoder do; published ones refuse what they were not made for. Prediction mirrors instead, and tiles start in phase.
     """
 
     multiple: int = 1
     remainder: int = 0
     margin: int = 0
     minimum: int = 1
+    pads: bool = False
 
     def __post_init__(self) -> None:
         if self.multiple < 1 or not 0 <= self.remainder < self.multiple:
             raise ValueError(f"multiple {self.multiple}, remainder {self.remainder}: need multiple >= 1 and 0 <= remainder < multiple")
         if self.margin < 0 or self.minimum <= 2 * self.margin:
             raise ValueError(f"margin {self.margin}, minimum {self.minimum}: need margin >= 0 and a minimum that leaves a pixel to label")
+        if self.pads and self.margin:
+            raise ValueError(f"margin {self.margin} with pads: need margin 0, since zeros are no substitute for an image's surroundings")
 
     def fits(self, side: int) -> bool:
         """Whether an image side of `side` pixels is legal."""
@@ -90,6 +96,15 @@ class InputGeometry:
             return f"sides of at least {self.minimum}"
         rest = f" + {self.remainder}" if self.remainder else ""
         return f"sides of {self.multiple}*k{rest}, at least {self.fit(self.minimum)}"
+
+
+def whole_cells(strides: Sequence[int]) -> InputGeometry:
+    """The rule of every model on any encoder: whole pixels of the coarsest map, at least 2 per side; other sizes are padded.
+
+    So maps lie on one another pixel by pixel whatever the size of the image, and batch norm can train on a batch of one.
+    """
+    coarsest = max(strides)
+    return InputGeometry(multiple=coarsest, minimum=2 * coarsest, pads=True)
 
 
 class SegmentationModel(nn.Module):
@@ -125,7 +140,7 @@ class SegmentationModel(nn.Module):
         """Logits of a batch of images.
 
         Args:
-            image: (N, C, H, W) float, normalised as in training; H and W as `geometry` says.
+            image: (N, C, H, W) float, normalised as in training; H and W as `geometry` says, or any where it `pads`.
 
         Returns:
             (N, K, H - 2 * margin, W - 2 * margin) logits of K classes.
@@ -133,9 +148,15 @@ class SegmentationModel(nn.Module):
         Raises:
             ValueError: if `image` is not four-dimensional or its size is not legal.
         """
-        size = self.labelled_size(image)  # first: its message says more than an encoder's
-        logits: Tensor = self.decoder(self.encoder(image), size)
-        return logits
+        height, width = self.labelled_size(image)  # first: its message says more than an encoder's
+        if not self.geometry.pads:
+            whole: Tensor = self.decoder(self.encoder(image), (height, width))
+            return whole
+        down, right = (self.geometry.fit(side) - side for side in (height, width))
+        if down or right:
+            image = functional.pad(image, (0, right, 0, down))
+        logits: Tensor = self.decoder(self.encoder(image), (height + down, width + right))
+        return logits[..., :height, :width]
 
     def supervised(self, image: Tensor) -> list[Tensor]:
         """What training takes losses on: the logits as `forward` gives them, then auxiliary ones, as many as `loss_weights`."""
@@ -148,12 +169,12 @@ class SegmentationModel(nn.Module):
         """(height, width) of the logits of `image`.
 
         Raises:
-            ValueError: if `image` is not four-dimensional or its size is not legal.
+            ValueError: if `image` is not four-dimensional, or its size is not legal and the model does not pad.
         """
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; a model takes (N, C, H, W). Add the missing axes, e.g. image[None]")
         height, width = image.shape[-2:]
-        if not (self.geometry.fits(height) and self.geometry.fits(width)):
+        if not (self.geometry.pads or (self.geometry.fits(height) and self.geometry.fits(width))):
             raise ValueError(
                 f"image is {height}x{width} pixels (height x width); this model needs {self.geometry.describe()}. "
                 f"Pad it to {self.geometry.fit(height)}x{self.geometry.fit(width)}, or call predict_tiled, which pads for you."

@@ -5,18 +5,15 @@ arXiv:1511.02680. What the papers leave open follows the authors' published laye
 """
 
 import difflib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from perpixel.models.encoders import EncoderWeights, read_weights, timm_encoder
+from perpixel.models.encoders import EncoderWeights
 from perpixel.models.layers import initialise
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.unpooling import PoolThenDrop, max_unpool
-from perpixel.models.vgg import CONVOLUTIONS, VGGPath
+from perpixel.models.vgg import CONVOLUTIONS, VGGPath, classifier_weights, source_of
 
 # Encoders whose poolings give the positions that unpooling needs, by name: depth, and whether they normalise.
 VGG_FAMILY = {f"vgg{depth}{suffix}": (depth, bool(suffix)) for depth in CONVOLUTIONS for suffix in ("", "_bn")}
@@ -101,8 +98,8 @@ def segnet_paper(
     Args:
         classes: K.
         in_channels: bands of the image.
-        encoder_weights: None; True (download) or a file: VGG-16 (`vgg16` or `vgg16_bn`) with torchvision's or timm's keys. The paper
-            starts from VGG-16 without batch norm: its norms then start at scale 1 and shift 0.001.
+        encoder_weights: None; True (torchvision's VGG-16 is downloaded) or a file: VGG-16 (`vgg16` or `vgg16_bn`) with torchvision's
+            or timm's keys. The paper starts from VGG-16 without batch norm: its norms then start at scale 1 and shift 0.001.
         width: maps of the first stage; 64 in the paper.
         dropout: of the Bayesian form, see `bayesian_segnet_paper`; 0 in the paper's tables.
 
@@ -112,10 +109,11 @@ def segnet_paper(
     not BGR of 0..255. Batch norm keeps running averages while it trains; statistics by one pass over the training set, as published,
     are `train.batch_norm_pass` in a recipe.
     """
-    model = _mirrored(VGGPath(16, in_channels, width, batch_norm=True, indices=True), 16, classes, dropout)
+    path = VGGPath(16, in_channels, width, batch_norm=True, indices=True)
+    model = _mirrored(path, 16, classes, dropout)
     start_norms(model)
     if encoder_weights:
-        load_vgg(model.encoder, encoder_weights, "vgg16", "vgg16_bn")
+        path.load_classifier(classifier_weights(encoder_weights, "vgg16"), source_of(encoder_weights, "vgg16"), without_norms=True)
     model.multipliers = multipliers(model, decay_shift=False)
     return model
 
@@ -146,7 +144,7 @@ def segnet(
     Args:
         classes: K.
         encoder: vgg11, vgg13, vgg16, vgg19, or one of them with "_bn": only their poolings say where each maximum was.
-        encoder_weights: None, True (download through timm), or a .safetensors/.pth file with torchvision's or timm's keys.
+        encoder_weights: None, True (torchvision's are downloaded), or a .safetensors/.pth file with torchvision's or timm's keys.
         in_channels: bands of the image.
         width: maps of the first stage; published weights need 64.
         dropout: share of values dropped after the three coarsest poolings and decoder stages; see `monte_carlo`.
@@ -162,9 +160,10 @@ def segnet(
             f"Those that can: {', '.join(VGG_FAMILY)}. On other encoders use unet"
         )
     depth, batch_norm = VGG_FAMILY[encoder]
-    model = _mirrored(VGGPath(depth, in_channels, width, batch_norm, indices=True), depth, classes, dropout)
+    path = VGGPath(depth, in_channels, width, batch_norm, indices=True)
+    model = _mirrored(path, depth, classes, dropout)
     if encoder_weights:
-        load_vgg(model.encoder, encoder_weights, encoder)
+        path.load_classifier(classifier_weights(encoder_weights, encoder), source_of(encoder_weights, encoder))
     # Small first logits: training starts from a cost of about log K.
     nn.init.normal_(model.decoder.classify.weight, std=0.01)  # type: ignore[union-attr, arg-type]
     return model
@@ -180,43 +179,3 @@ def _mirrored(path: VGGPath, depth: int, classes: int, dropout: float) -> Segmen
     decoder = SegNetDecoder(path.channels, CONVOLUTIONS[depth], classes, dropout)
     # The coarsest convolutions are at stride 16: 17 pixels leave them 2 per side, so that batch norm can train on a batch of one.
     return SegmentationModel(path, decoder, classes, InputGeometry(minimum=17))
-
-
-@torch.no_grad()
-def load_vgg(path: nn.Module, weights: EncoderWeights, name: str, *also: str) -> None:
-    """The convolutions (and norms) of a published VGG into a path of the same layers, in their order.
-
-    Args:
-        path: a `VGGPath`.
-        weights: True downloads `name` through timm; a file has torchvision's or timm's keys, with the classifier or without.
-        name, also: what the weights may be of; weights without norms leave those of the path as they are.
-
-    Raises:
-        ValueError: if the weights cannot be had or read, or are another network's.
-    """
-    state = timm_encoder(name, 3, True).network.state_dict() if weights is True else read_weights(Path(str(weights)))
-    given: dict[int, dict[str, Tensor]] = {}  # layers by their number in `features`
-    for key, value in state.items():
-        if match := re.fullmatch(r"(?:model\.)?features[._](\d+)[._](\w+)", key):
-            given.setdefault(int(match[1]), {})[match[2]] = value
-    theirs = [given[number] for number in sorted(given)]
-    normalised = any("running_mean" in layer for layer in theirs)
-    kinds = (nn.Conv2d, nn.BatchNorm2d) if normalised else (nn.Conv2d,)
-    own = [layer for layer in path.modules() if isinstance(layer, kinds)]
-    wanted = " or ".join(repr(known) for known in (name, *also))
-    problem = f"{'the download' if weights is True else weights}: not the weights of {wanted}"
-    whole = normalised or len(own) == sum(isinstance(layer, nn.Conv2d | nn.BatchNorm2d) for layer in path.modules()) or also
-    if not whole or len(own) != len(theirs):
-        raise ValueError(f"{problem}: {len(theirs)} layers in its `features`, not {len(own)}. Give the file made for {wanted}")
-    for layer, values in zip(own, theirs, strict=True):
-        for part, target in layer.state_dict().items():
-            value = values.get(part)
-            if value is None and part == "num_batches_tracked":
-                continue
-            if value is not None and value.ndim == 4 and value.shape[1] == 3 != target.shape[1]:
-                bands = target.shape[1]  # averaged over its bands and rescaled, so that the sum over bands keeps its size
-                value = value.mean(1, keepdim=True).mul(3 / bands).expand(-1, bands, -1, -1)
-            if value is None or value.shape != target.shape:
-                has = None if value is None else tuple(value.shape)
-                raise ValueError(f"{problem}: {part} has shape {has}, not {tuple(target.shape)}. Published weights need width 64")
-            target.copy_(value)

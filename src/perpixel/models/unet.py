@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.encoders import EncoderWeights, TimmEncoder, UNetPath, timm_encoder
+from perpixel.models.encoders import EncoderWeights, TimmEncoder, UNetPath
 from perpixel.models.layers import (
     ImagePooling,
     Upsampling,
@@ -16,7 +16,8 @@ from perpixel.models.layers import (
     resize,
     resize_logits,
 )
-from perpixel.models.model import Features, InputGeometry, SegmentationModel
+from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
+from perpixel.models.torchvision_trunks import TorchvisionTrunk, any_encoder
 
 
 class UpConvolution(nn.Module):
@@ -217,11 +218,12 @@ def unet(
     stage_scores: bool = False,
     variant: str | None = None,
 ) -> SegmentationModel:
-    """U-Net's decoder on any encoder; labels every pixel of the image.
+    """U-Net's decoder on any encoder; labels every pixel of an image of any size.
 
     Args:
         classes: K.
-        encoder: any timm network with feature maps, or "plain": the paper's path, padded and with batch norm.
+        encoder: any timm network with feature maps, torchvision's "googlenet" or "squeezenet1_0", or "plain": the paper's path, padded
+            and with batch norm.
         encoder_weights: None, True (download through timm), or a .safetensors/.pth file with timm's keys.
         in_channels: bands of the image.
         decoder_channels: output channels of each decoder stage, coarsest first; None halves from 256 down to 16
@@ -244,7 +246,7 @@ def unet(
     head_kernel = 1
     if variant == "smp":
         upsampling, head_kernel = "nearest", 3
-    path: TimmEncoder | UNetPath
+    path: TimmEncoder | TorchvisionTrunk | UNetPath
     if encoder == "plain":
         if encoder_weights:
             raise ValueError(f"encoder_weights is {encoder_weights!r}, but no weights are published for encoder 'plain'; leave it out")
@@ -253,9 +255,7 @@ def unet(
         if decoder_channels is None:
             decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
     else:
-        path = timm_encoder(encoder, in_channels, encoder_weights)
+        path = any_encoder(encoder, in_channels, encoder_weights)
     options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores, head_kernel)
     decoder = UNetDecoder(path.channels, path.strides, classes, *options)
-    coarsest = max(path.strides)
-    # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(multiple=coarsest, minimum=2 * coarsest))
+    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))

@@ -1,5 +1,6 @@
 """The convolutional part of VGG-11 to VGG-19: trunk of FCN, SegNet, DeepLab v1 and v2; and torchvision's weights for it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -81,44 +82,43 @@ class VGGPath(nn.Module):
         return Features(maps, indices if self.indices else None)
 
     @torch.no_grad()
-    def load_classifier(self, state: Mapping[str, Tensor], source: str = "the state dict") -> None:
-        """Takes the convolutions of one of torchvision's VGG classifiers; its fully connected layers are not looked at.
+    def load_classifier(self, state: Mapping[str, Tensor], source: str = "the state dict", without_norms: bool = False) -> None:
+        """Takes the convolutions (and norms) of a published VGG classifier; its fully connected layers are not looked at.
 
         Args:
-            state: `state_dict()` of torchvision's `vgg11` .. `vgg19_bn`. Where the image has other than 3 bands, the first filters
-                are averaged over theirs and rescaled (`encoders.fit_bands`).
+            state: of `vgg11` .. `vgg19_bn` in torchvision's or timm's keys, with the classifier or without. Where the image has other
+                than 3 bands, the first filters are averaged over theirs and rescaled (`encoders.fit_bands`).
             source: where it came from, for messages.
+            without_norms: a path with norms also takes weights without; its norms then stay as they are.
 
         Raises:
-            ValueError: if it is another network's, or this path is not of the published width.
+            ValueError: if it is another network's, or this path is not of the published width; then nothing is changed.
         """
-        theirs = self._torchvision_names()
-        name = f"vgg{self.depth}{'_bn' if self.batch_norm else ''}"
-        features = {key for key in state if key.startswith("features.")}
-        wanted = {f"features.{number}.{part}" for number, layer in theirs.items() for part in layer.state_dict()}
-        if {key for key in wanted ^ features if not key.endswith("num_batches_tracked")}:
-            raise ValueError(f"{source}: not the weights of torchvision's {name} (its `features` differ); give the file made for {name}")
-        for number, layer in theirs.items():
-            for part, own in layer.state_dict().items():
-                key = f"features.{number}.{part}"
-                if key not in state:
-                    continue  # a counter of batches, which old files lack
-                if number == 0 and part == "weight":
-                    own.copy_(fit_bands(state[key], own, f"{source}: {key}"))
-                else:
-                    own.copy_(_same(state, key, own, source))
-
-    def _torchvision_names(self) -> dict[int, nn.Module]:
-        """The layers with weights, by their number in torchvision's `features`; poolings count there too."""
-        numbered: dict[int, nn.Module] = {}
-        number = 0
-        for stage in self.stages:
-            for layer in stage.children():
-                if not isinstance(layer, nn.ReLU):
-                    numbered[number] = layer
-                number += 1
-            number += 1
-        return numbered
+        given: dict[int, dict[str, Tensor]] = {}  # by number in `features`, where poolings and ReLUs count too
+        for key, value in state.items():
+            if match := re.fullmatch(r"(?:model\.)?features[._](\d+)[._](\w+)", key):
+                given.setdefault(int(match[1]), {})[match[2]] = value
+        theirs = [given[number] for number in sorted(given)]
+        normalised = any("running_mean" in layer for layer in theirs)
+        kinds = (nn.Conv2d,) if without_norms and not normalised else (nn.Conv2d, nn.BatchNorm2d)
+        own = [layer for layer in self.modules() if isinstance(layer, kinds)]
+        if len(own) != len(theirs) or (normalised and not self.batch_norm):
+            suffixes = ["", "_bn"] if without_norms and self.batch_norm else ["_bn"] if self.batch_norm else [""]
+            wanted = " or ".join(f"'vgg{self.depth}{suffix}'" for suffix in suffixes)
+            raise ValueError(
+                f"{source}: not the weights of {wanted}: {len(theirs)} layers in its `features`, not {len(own)}. "
+                f"Give the file made for {wanted}"
+            )
+        for layer, values in zip(own, theirs, strict=True):
+            for part, target in layer.state_dict().items():
+                if part in values:
+                    values[part] = _fitted(values[part], target, f"{source}: {part} of a layer in `features`", first=layer is own[0])
+                elif part != "num_batches_tracked":  # a counter of batches, which old files lack
+                    raise ValueError(f"{source}: a layer in its `features` lacks {part}; give the whole file")
+        for layer, values in zip(own, theirs, strict=True):
+            for part, target in layer.state_dict().items():
+                if part in values:
+                    target.copy_(values[part])
 
 
 def fully_connected(state: Mapping[str, Tensor], side: int = 7, source: str = "the state dict") -> dict[str, Tensor]:
@@ -168,9 +168,16 @@ def classifier_weights(weights: EncoderWeights, name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _same(state: Mapping[str, Tensor], key: str, own: Tensor, source: str) -> Tensor:
-    if state[key].shape != own.shape:
+def source_of(weights: EncoderWeights, name: str) -> str:
+    """What `classifier_weights` reads, for messages."""
+    return f"torchvision's {name}" if weights is True else str(weights)
+
+
+def _fitted(value: Tensor, target: Tensor, what: str, first: bool) -> Tensor:
+    if first and value.ndim == 4 and value.shape[:1] + value.shape[2:] == target.shape[:1] + target.shape[2:]:
+        return fit_bands(value, target, what)
+    if value.shape != target.shape:
         raise ValueError(
-            f"{source}: {key} has shape {tuple(state[key].shape)}, but the path needs {tuple(own.shape)}; published weights need width=64"
+            f"{what} has shape {tuple(value.shape)}, but the path needs {tuple(target.shape)}; published weights need width=64"
         )
-    return state[key]
+    return value
