@@ -177,6 +177,13 @@ def test_a_whole_network_of_timm_fills_the_encoder():
             theirs.act1(theirs.bn1(theirs.conv_stem(image))) if hasattr(theirs, "act1") else theirs.bn1(theirs.conv_stem(image))
         )
         torch.testing.assert_close(model.encoder(image).maps[-1], last)
+    assert not model.encoder.batch_norm_folded
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # as in files whose norms were folded into their biases
+            norm.reset_running_stats()
+            nn.init.ones_(norm.weight)
+    import_weights(model, theirs.state_dict(), "timm")
+    assert model.encoder.batch_norm_folded
     with pytest.raises(ValueError, match="the encoder is FCNPath, none of timm's"):
         import_weights(fcn32s_paper(2, width=1), theirs.state_dict(), "timm")
 
