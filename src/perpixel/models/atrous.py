@@ -205,9 +205,10 @@ def atrous_encoder(
     if wanted not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
     if name.startswith("vgg"):
-        encoder = timm_encoder(name, in_channels, weights)
-        if encoder.strides[-1] > wanted:
-            dilate_vgg(encoder, wanted)
+        vgg = timm_encoder(name, in_channels, weights)
+        if vgg.strides[-1] > wanted:
+            dilate_vgg(vgg, wanted)
+        encoder: TimmEncoder | TorchvisionTrunk = vgg
     else:
         encoder = _dilated(name, in_channels, weights, wanted, natural=output_stride is None)
     return encoder

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
 from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
-from perpixel.models.encoders import EncoderWeights, timm_encoder
+from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
+from perpixel.models.torchvision_trunks import TorchvisionTrunk
 
 # PyTorch counts the new share of a running mean, TensorFlow the old: decay 0.9997 (arXiv:1706.05587, section 4.1).
 MOMENTUM = 0.0003
@@ -249,6 +250,7 @@ def deeplab_v3plus(
     """
     if variant not in (None, "smp"):
         raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    path: TimmEncoder | TorchvisionTrunk
     decoder: FineDecoder | SmpDecoder
     if variant == "smp":
         if not image_pooling:
