@@ -127,6 +127,22 @@ def test_pictures_of_the_validation_are_those_of_the_best_bundle(sample_set, tmp
     assert set(drawn) == {outcome.best_step} == {2}
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_the_network_trains_in_the_precision_of_the_recipe(sample_set, tmp_path, tiny_settings, monkeypatch, precision, dtype):
+    seen, convolve = set(), torch.nn.Conv2d.forward
+
+    def forward(layer, x):
+        out = convolve(layer, x)
+        if layer.training:
+            seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    settings = [setting for setting in tiny_settings if "precision" not in setting]
+    train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=[*settings, f"train.precision={precision}"])
+    assert seen == {dtype}
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(sample_set, run):
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     outcome = train(sample_set / "images", sample_set / "masks", out=run, resume=True)

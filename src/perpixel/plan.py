@@ -121,7 +121,8 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     if "encoder" not in options:
         return
     weights = _given(choices.given, "model.encoder_weights")
-    encoder, reason = _propose_encoder(report, machine, weights)
+    stated = _given(choices.given, "model.encoder")  # a resumed run's recipe states it, and needs the file no longer
+    encoder, reason = _propose_encoder(report, machine, weights) if stated is None else (stated, "as you asked")
     default = options["encoder"].default
     if name != "unet" and (encoder == "plain" or (default.startswith("vgg") and not encoder.startswith("vgg"))):
         encoder, reason = default, f"the default of {name}"

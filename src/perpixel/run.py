@@ -35,7 +35,7 @@ from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe
 
 PICTURES = 6  # validation images drawn with each best bundle
-STATE_FORMAT = 1  # of resume.safetensors
+STATE_FORMAT = 2  # of resume.safetensors
 
 
 @dataclass
@@ -160,7 +160,9 @@ class Run:
         if section.freeze_batch_norm:
             freeze_batch_norm(self.bare.encoder)
         pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        value = self._cost(self.model.supervised(pixels), labels.to(device), None if weights is None else weights.to(device))
+        with self.fabric.autocast():  # Fabric opens it around `forward` alone
+            outputs = self.model.supervised(pixels)
+        value = self._cost(outputs, labels.to(device), None if weights is None else weights.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(value)
         norm = float(torch.nn.utils.clip_grad_norm_(self.bare.parameters(), section.clip or math.inf))

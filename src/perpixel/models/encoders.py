@@ -182,6 +182,7 @@ def _download(name: str) -> dict[str, Tensor]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise ValueError(f"no weights are published for encoder {name!r}; use encoder_weights=None or a file, or another encoder")
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the hub's client logs page after page while it tries again
     try:
         return dict(_create(name, 3, pretrained=True).state_dict())
@@ -192,7 +193,7 @@ def _download(name: str) -> dict[str, Tensor]:
             f"Fetch {where} where there is a network and give the file's path as encoder_weights, or train without: encoder_weights=None"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def load_timm(network: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
