@@ -316,3 +316,17 @@ def test_pictures_without_an_up_are_turned_and_photographs_are_not():
 def test_a_file_of_weights_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"model\.encoder_weights: /nowhere/net\.safetensors: no such file"):
         plan(a_check(), LAPTOP, {"model": {"encoder_weights": "/nowhere/net.safetensors"}})
+
+
+def test_a_published_trunk_with_weights_gets_imagenet_s_statistics_and_a_gentle_rate():
+    recipe, _ = plan(a_check(), LAPTOP, {"model": {"name": "fcn8s_paper", "encoder_weights": True}})
+    assert recipe.data.mean == [0.485, 0.456, 0.406]
+    assert recipe.train.encoder_lr_scale < 1
+    scratch, _ = plan(a_check(), LAPTOP, {"model": {"name": "fcn8s_paper"}})
+    assert scratch.data.mean == a_check().mean
+
+
+def test_statistics_that_are_measured_at_the_end_are_not_frozen():
+    given = {"model": {"name": "segnet_paper", "encoder_weights": True}, "train": {"batch_norm_pass": True}}
+    recipe, _ = plan(a_check(), LAPTOP, given)
+    assert not recipe.train.freeze_batch_norm

@@ -35,6 +35,7 @@ class Evaluation:
     losses: dict[str, float] = field(default_factory=dict)  # image file -> its loss in nats per labelled pixel
     damaged: dict[str, str] = field(default_factory=dict)  # image file -> why it was left out, naming the file at fault
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)  # what makes the scores doubtful
 
     @property
     def cost(self) -> float:
@@ -44,14 +45,6 @@ class Evaluation:
     def worst(self, count: int = 10) -> list[tuple[str, float]]:
         """The images with the largest loss, largest first."""
         return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
-
-    @property
-    def warnings(self) -> list[str]:
-        """What makes the scores doubtful."""
-        seen = [name for name, pixels in zip(self.classes, self.confusion.counts.sum(1).tolist(), strict=True) if pixels]
-        if len(seen) != 1 or len(self.classes) == 1:
-            return []
-        return [f"the masks hold nothing but '{seen[0]}' under the bundle's label map: were they made for these classes? See --label"]
 
     def to_json(self) -> dict[str, Any]:
         """Plain types: scores, the rule for absent classes, the loss of each image and the cost; None where a number is not finite."""
@@ -140,6 +133,11 @@ def evaluate(
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")
         raise ValueError(f"{images}: none of {len(pairs)} images could be scored. The first: {first}")
+    seen = [name for name, pixels in zip(card.classes, result.confusion.counts.sum(1).tolist(), strict=True) if pixels]
+    if len(seen) == 1 < len(card.classes):
+        result.warnings.append(
+            f"the masks hold nothing but '{seen[0]}' under the bundle's label map: were they made for these classes? See --label"
+        )
     return result
 
 

@@ -118,9 +118,11 @@ def _plan_data(choices: Choices, report: Check) -> None:
 def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     name = choices.take("model.name", "unet", "the surest choice from few images to many")
     options = signature(MODELS[name]).parameters if name in MODELS else {}  # `build` refuses unknown names
-    if "encoder" not in options:
-        return
     weights = _given(choices.given, "model.encoder_weights")
+    if "encoder" not in options:
+        if weights:
+            choices.take("model.encoder_weights", weights, "as you asked")
+        return
     stated = _given(choices.given, "model.encoder")  # a resumed run's recipe states it, and needs the file no longer
     encoder, reason = _propose_encoder(report, machine, weights) if stated is None else (stated, "as you asked")
     default = options["encoder"].default
@@ -182,8 +184,8 @@ def input_statistics(encoder: str, weights: bool | str | None, report: Check) ->
             return [float(stated[1])] * 3, [float(stated[2])] * 3, f"stated in {Path(weights).name}"
         if "ImageNet mean" in words:
             return list(IMAGENET_MEAN), list(IMAGENET_STD), f"ImageNet's, as stated in {Path(weights).name}"
-    if report.bands == 3 and weights and encoder in TRUNKS:
-        return list(IMAGENET_MEAN), list(IMAGENET_STD), f"ImageNet's, as {encoder} was trained for torchvision"
+    if report.bands == 3 and weights and (encoder in TRUNKS or not encoder):  # without a choice of encoders: a published trunk
+        return list(IMAGENET_MEAN), list(IMAGENET_STD), f"ImageNet's, as {encoder or 'the trunk'} was trained for torchvision"
     if report.bands == 3 and weights:
         published = timm.get_pretrained_cfg(encoder)
         if published is not None:
@@ -275,7 +277,7 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     choices.take("train.warmup", 0.04, "settles batch norm and the new layers")
     scale = 0.02 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
-    few = choices.taken["train"]["batch"] < 16
+    few = choices.taken["train"]["batch"] < 16 and not _given(choices.given, "train.batch_norm_pass")
     why = "the encoder's statistics are better than those of so few crops" if pretrained and few else "statistics of the batches"
     choices.take("train.freeze_batch_norm", bool(pretrained and few), why)
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")

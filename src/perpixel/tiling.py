@@ -82,8 +82,8 @@ def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: i
     # Windows move by whole multiples, and never need to be larger than the image itself.
     wanted = max(tile, overlap + model.geometry.multiple)
     window_height, window_width = (_labelled(model.geometry, min(wanted, side)) for side in (height, width))
-    tops = _origins(height, window_height, overlap, model.geometry.multiple)
-    lefts = _origins(width, window_width, overlap, model.geometry.multiple)
+    tops = _origins(height, window_height, overlap, model.geometry.cell or model.geometry.multiple)
+    lefts = _origins(width, window_width, overlap, model.geometry.cell or model.geometry.multiple)
     if len(tops) == len(lefts) == 1:
         return predict_whole(model, image)
     ramps = [_ramp(side, overlap).to(image) for side in (window_height, window_width)]
@@ -116,10 +116,10 @@ def _labelled(geometry: InputGeometry, side: int) -> int:
     return geometry.fit(side + 2 * geometry.margin) - 2 * geometry.margin
 
 
-def _origins(side: int, window: int, overlap: int, multiple: int) -> list[int]:
-    """Where windows start: multiples of `multiple` that cover `side` pixels with at least `overlap` in common."""
-    step = max((window - overlap) // multiple * multiple, multiple)  # a window as large as the side does not step at all
-    last = max(-(-(side - window) // multiple) * multiple, 0)
+def _origins(side: int, window: int, overlap: int, cell: int) -> list[int]:
+    """Where windows start: multiples of `cell` that cover `side` pixels with at least `overlap` in common."""
+    step = max((window - overlap) // cell * cell, cell)  # a window as large as the side does not step at all
+    last = max(-(-(side - window) // cell) * cell, 0)
     return [*range(0, last, step), last]
 
 

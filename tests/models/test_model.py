@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perpixel.models import ENCODERS, build
+from perpixel.models import ENCODERS, MODELS, build
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 
 
@@ -144,3 +144,16 @@ def test_every_recommended_encoder_exists(encoder):
 def test_classes_that_are_no_number_are_refused():
     with pytest.raises(TypeError, match="classes is '5'; give their number"):
         build("unet", "5")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiles_of_every_model_start_in_phase_with_its_coarsest_map(name):
+    with torch.device("meta"):
+        model = MODELS[name](2)
+    geometry = model.geometry
+    assert (geometry.cell or geometry.multiple) % max(model.encoder.strides) == 0
+
+
+def test_a_cell_is_whole_multiples():
+    with pytest.raises(ValueError, match="cell 12, multiple 8: need a multiple of it, or 0"):
+        InputGeometry(multiple=8, cell=12)

@@ -1,6 +1,7 @@
 """DeepLab v2. Source: Chen et al. 2017, arXiv:1606.00915; the layers are those of the authors' released prototxt files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def deeplab_v2_resnet101_paper(
         decoder = CoarselyTrainedDecoder(head)
         return SegmentationModel(trunk, decoder, classes, GEOMETRY, caffe_multipliers(trunk, decoder))
     encoder, fusion = ScaledEncoder(trunk), MaxFusionDecoder(head, 1 + len(SCALES))
-    return SegmentationModel(encoder, fusion, classes, GEOMETRY, caffe_multipliers(encoder, fusion))
+    return SegmentationModel(encoder, fusion, classes, replace(GEOMETRY, cell=32), caffe_multipliers(encoder, fusion))
 
 
 def _rates(variant: str) -> tuple[int, ...]:

@@ -320,4 +320,4 @@ def deeplab_v3_torchvision(
     if depth not in UNITS:
         raise ValueError(f"depth is {depth}; it must be one of {', '.join(map(str, UNITS))}")
     path = timm_encoder(f"resnet{depth}", in_channels, encoder_weights, output_stride=8)
-    return SegmentationModel(path, TorchvisionDecoder(path.channels, classes), classes, InputGeometry(minimum=9))
+    return SegmentationModel(path, TorchvisionDecoder(path.channels, classes), classes, InputGeometry(minimum=9, cell=8))

@@ -263,7 +263,7 @@ def fcn32s_alexnet_paper(
     decoder = FCNPaperDecoder(encoder.channels, classes, (), Last("upscore", 63, 32, 18))
     # The trunk has no rates of its own in the release: its biases learn and decay like weights.
     rates = {f"encoder.{name}": (1.0, 1.0) for name, parameter in encoder.named_parameters() if parameter.ndim == 1}
-    model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates | _doubled_biases(decoder, "decoder."))
+    model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates | _doubled_biases(decoder, "decoder."))
     if encoder_weights is True:
         raise ValueError("no library offers CaffeNet's weights for download; import blobs of it, or train without: encoder_weights=None")
     if encoder_weights:
@@ -297,7 +297,7 @@ def fcn_googlenet_paper(
     encoder = GoogLeNet2014Path(in_channels, width, dropout)
     decoder = FCNPaperDecoder(encoder.channels, classes, (), Last("upscore", 63, 32, 98))
     rates = _doubled_biases(encoder, "encoder.") | _doubled_biases(decoder, "decoder.")
-    model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates)
+    model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates)
     if encoder_weights is True:
         raise ValueError("no library offers the GoogLeNet of 2014 for download; train without: encoder_weights=None, or fcn on 'googlenet'")
     if encoder_weights:
@@ -318,7 +318,7 @@ def _on_vgg16(
     encoder = FCNPath(in_channels, width, dropout)
     decoder = FCNPaperDecoder(encoder.channels, classes, skips, last, learn_upsampling)
     rates = _doubled_biases(encoder, "encoder.") | _doubled_biases(decoder, "decoder.")
-    model = SegmentationModel(encoder, decoder, classes, InputGeometry(), rates)
+    model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates)
     if weights:
         state = classifier_weights(weights, "vgg16")
         source = source_of(weights, "vgg16")

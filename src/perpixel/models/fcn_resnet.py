@@ -75,4 +75,4 @@ def fcn_resnet(
     path = timm_encoder(f"resnet{depth}", in_channels, encoder_weights, None if output_stride == 32 else output_stride)
     decoder = FCNResNetDecoder(path.channels, classes, dropout)
     # Two pixels per side at the coarsest map, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=2 * max(path.strides)))
+    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=2 * max(path.strides), cell=max(path.strides)))

@@ -64,7 +64,8 @@ class InputGeometry:
         margin: pixels at each border that are seen but not labelled (unpadded convolutions).
         minimum: smallest legal side, in pixels.
         pads: whether the model brings other sizes to a legal one itself, by zeros at the right and below, and cuts the logits. Models
-            on any encoder do; published ones refuse what they were not made for. Prediction mirrors instead, and tiles start in phase.
+            on any encoder do; published ones refuse what they were not made for. Prediction mirrors instead.
+        cell: tiles start at multiples of this, where the model's subsampling is in phase with that of the whole image; 0: `multiple`.
     """
 
     multiple: int = 1
@@ -72,10 +73,13 @@ class InputGeometry:
     margin: int = 0
     minimum: int = 1
     pads: bool = False
+    cell: int = 0
 
     def __post_init__(self) -> None:
         if self.multiple < 1 or not 0 <= self.remainder < self.multiple:
             raise ValueError(f"multiple {self.multiple}, remainder {self.remainder}: need multiple >= 1 and 0 <= remainder < multiple")
+        if self.cell < 0 or self.cell % self.multiple:
+            raise ValueError(f"cell {self.cell}, multiple {self.multiple}: need a multiple of it, or 0")
         if self.margin < 0 or self.minimum <= 2 * self.margin:
             raise ValueError(f"margin {self.margin}, minimum {self.minimum}: need margin >= 0 and a minimum that leaves a pixel to label")
         if self.pads and self.margin:

@@ -178,4 +178,4 @@ def _mirrored(path: VGGPath, depth: int, classes: int, dropout: float) -> Segmen
             path.pools[stage] = PoolThenDrop(path.pools[stage], dropout)
     decoder = SegNetDecoder(path.channels, CONVOLUTIONS[depth], classes, dropout)
     # The coarsest convolutions are at stride 16: 17 pixels leave them 2 per side, so that batch norm can train on a batch of one.
-    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=17))
+    return SegmentationModel(path, decoder, classes, InputGeometry(minimum=17, cell=32))

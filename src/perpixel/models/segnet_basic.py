@@ -200,7 +200,7 @@ def segnet_basic_paper(
     else:
         decoder = BilinearDecoder(width, classes)
     # The coarsest convolutions are at stride 8: 9 pixels leave them 2 per side, so that batch norm can train on a batch of one.
-    model = SegmentationModel(path, decoder, classes, InputGeometry(minimum=9))
+    model = SegmentationModel(path, decoder, classes, InputGeometry(minimum=9, cell=16))
     initialise(model)
     start_norms(model)
     for layer in model.modules():
