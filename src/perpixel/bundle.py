@@ -83,15 +83,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Writes weights (a model's state dict) and card as one file, atomically."""
-    save_tensors(path, weights, {"perpixel": card.model_dump_json(), "digest": _digest(weights)})
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
+    save_tensors(path, own, {"perpixel": card.model_dump_json(), "digest": _digest(own)})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and bytes, whatever the order: the format itself notices a file that was cut short, not one whose bytes changed."""
+    """Of names and bytes of contiguous tensors on the CPU, in any order: the format sees a file cut short, not a changed byte."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

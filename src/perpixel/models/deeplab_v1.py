@@ -15,7 +15,7 @@ from perpixel.models.atrous import (
     summed,
 )
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.layers import initialise
+from perpixel.models.layers import doubled_biases, initialise
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 
@@ -243,16 +243,10 @@ def caffe_multipliers(encoder: nn.Module, decoder: nn.Module) -> dict[str, tuple
 
     Source: the released train.prototxt.
     """
-    factors: dict[str, tuple[float, float]] = {}
-    for part, module in (("encoder", encoder), ("decoder", decoder)):
-        for name, layer in module.named_modules():
-            if not isinstance(layer, nn.Conv2d):
-                continue
-            scores = part == "decoder" and _gives_scores(name)
-            if scores:
-                factors[f"{part}.{name}.weight"] = (10.0, 1.0)
-            if layer.bias is not None:
-                factors[f"{part}.{name}.bias"] = (20.0 if scores else 2.0, 0.0)
+    factors = doubled_biases(encoder, "encoder.") | doubled_biases(decoder, "decoder.")
+    for name, layer in decoder.named_modules():
+        if isinstance(layer, nn.Conv2d) and _gives_scores(name):
+            factors |= {f"decoder.{name}.weight": (10.0, 1.0), f"decoder.{name}.bias": (20.0, 0.0)}
     return factors
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
 from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
+from perpixel.models.fcn_resnet import FCNHead
 from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
@@ -288,10 +289,7 @@ class TorchvisionDecoder(nn.Module):
         self.pyramid = AtrousPyramid(channels[-1], pyramid_rates(8), width, dropout=dropout)
         self.convolve = normalised(nn.Conv2d(width, width, 3, padding=1, bias=False))
         self.classify = nn.Conv2d(width, classes, 1)
-        inner = channels[-2] // 4
-        self.auxiliary = nn.Sequential(
-            *normalised(nn.Conv2d(channels[-2], inner, 3, padding=1, bias=False)), nn.Dropout(0.1), nn.Conv2d(inner, classes, 1)
-        )
+        self.auxiliary = FCNHead(channels[-2], classes)
         initialise(self)
         small_scores(self.classify)
         small_scores(self.auxiliary[-1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpixel.models.alexnet import CaffeNetPath
 from perpixel.models.encoders import EncoderWeights, read_weights
 from perpixel.models.googlenet import GoogLeNet2014Path
-from perpixel.models.layers import initialise, resize, resize_logits
+from perpixel.models.layers import doubled_biases, initialise, resize, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.torchvision_trunks import any_encoder
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
@@ -263,12 +263,8 @@ def fcn32s_alexnet_paper(
     decoder = FCNPaperDecoder(encoder.channels, classes, (), Last("upscore", 63, 32, 18))
     # The trunk has no rates of its own in the release: its biases learn and decay like weights.
     rates = {f"encoder.{name}": (1.0, 1.0) for name, parameter in encoder.named_parameters() if parameter.ndim == 1}
-    model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates | _doubled_biases(decoder, "decoder."))
-    if encoder_weights is True:
-        raise ValueError("no library offers CaffeNet's weights for download; import blobs of it, or train without: encoder_weights=None")
-    if encoder_weights:
-        start_from(model, read_weights(Path(encoder_weights)), str(encoder_weights))
-    return model
+    model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates | doubled_biases(decoder, "decoder."))
+    return _from_own_kind(model, encoder_weights, "CaffeNet's weights for download; import blobs of it, or train without")
 
 
 def fcn_googlenet_paper(
@@ -296,12 +292,17 @@ def fcn_googlenet_paper(
     """
     encoder = GoogLeNet2014Path(in_channels, width, dropout)
     decoder = FCNPaperDecoder(encoder.channels, classes, (), Last("upscore", 63, 32, 98))
-    rates = _doubled_biases(encoder, "encoder.") | _doubled_biases(decoder, "decoder.")
+    rates = doubled_biases(encoder, "encoder.") | doubled_biases(decoder, "decoder.")
     model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates)
-    if encoder_weights is True:
-        raise ValueError("no library offers the GoogLeNet of 2014 for download; train without: encoder_weights=None, or fcn on 'googlenet'")
-    if encoder_weights:
-        start_from(model, read_weights(Path(encoder_weights)), str(encoder_weights))
+    return _from_own_kind(model, encoder_weights, "the GoogLeNet of 2014 for download; take fcn on 'googlenet', or train without")
+
+
+def _from_own_kind(model: SegmentationModel, weights: EncoderWeights, missing: str) -> SegmentationModel:
+    """`model`, started from a bundle of its kind where one is given; for nets whose classifier nobody publishes."""
+    if weights is True:
+        raise ValueError(f"no library offers {missing}: encoder_weights=None")
+    if weights:
+        start_from(model, read_weights(Path(weights)), str(weights))
     return model
 
 
@@ -317,7 +318,7 @@ def _on_vgg16(
 ) -> SegmentationModel:
     encoder = FCNPath(in_channels, width, dropout)
     decoder = FCNPaperDecoder(encoder.channels, classes, skips, last, learn_upsampling)
-    rates = _doubled_biases(encoder, "encoder.") | _doubled_biases(decoder, "decoder.")
+    rates = doubled_biases(encoder, "encoder.") | doubled_biases(decoder, "decoder.")
     model = SegmentationModel(encoder, decoder, classes, InputGeometry(cell=32), rates)
     if weights:
         state = classifier_weights(weights, "vgg16")
@@ -327,11 +328,6 @@ def _on_vgg16(
         else:
             encoder.load_classifier(state, source)
     return model
-
-
-def _doubled_biases(module: nn.Module, prefix: str) -> dict[str, tuple[float, float]]:
-    """Biases at twice the learning rate, without decay, as in the release's `param` blocks."""
-    return {prefix + name: (2.0, 0.0) for name, _ in module.named_parameters() if name.endswith("bias")}
 
 
 @torch.no_grad()

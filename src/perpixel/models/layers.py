@@ -54,6 +54,16 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
 
 
+def doubled_biases(module: nn.Module, prefix: str = "") -> dict[str, tuple[float, float]]:
+    """Factors on learning rate and decay for the biases of convolutions: (2, 0), as in the `param` blocks of the Caffe releases.
+
+    Args:
+        prefix: put before the names that parameters have in `module`.
+    """
+    convolutions = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and layer.bias is not None}
+    return {f"{prefix}{name}.bias": (2.0, 0.0) for name in convolutions}
+
+
 def center_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
     """The middle of a map as a view: (N, C, H, W) -> (N, C, *size)."""
     top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2

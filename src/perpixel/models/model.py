@@ -153,10 +153,7 @@ class SegmentationModel(nn.Module):
             ValueError: if `image` is not four-dimensional or its size is not legal.
         """
         height, width = self.labelled_size(image)  # first: its message says more than an encoder's
-        if not self.geometry.pads:
-            whole: Tensor = self.decoder(self.encoder(image), (height, width))
-            return whole
-        down, right = (self.geometry.fit(side) - side for side in (height, width))
+        down, right = (self.geometry.fit(side) - side for side in (height, width)) if self.geometry.pads else (0, 0)
         if down or right:
             image = functional.pad(image, (0, right, 0, down))
         logits: Tensor = self.decoder(self.encoder(image), (height + down, width + right))

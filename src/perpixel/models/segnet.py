@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.layers import initialise
+from perpixel.models.layers import doubled_biases, initialise
 from perpixel.models.model import Features, InputGeometry, SegmentationModel
 from perpixel.models.unpooling import PoolThenDrop, max_unpool
 from perpixel.models.vgg import CONVOLUTIONS, VGGPath, classifier_weights, source_of
@@ -81,12 +81,10 @@ def multipliers(model: nn.Module, decay_shift: bool) -> dict[str, tuple[float, f
     Args:
         decay_shift: whether the shift of a norm decays: not in the full net, but in Basic, whose files leave norms as they are.
     """
-    found: dict[str, tuple[float, float]] = {}
+    found = doubled_biases(model)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
             found |= {f"{name}.weight": (1.0, 1.0), f"{name}.bias": (1.0, float(decay_shift))}
-        elif isinstance(layer, nn.Conv2d) and layer.bias is not None:
-            found[f"{name}.bias"] = (2.0, 0.0)
     return found
 
 
