@@ -1,0 +1,1 @@
+"""Refiners: (logits, image) -> logits, where neighbouring pixels talk."""
