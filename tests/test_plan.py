@@ -326,6 +326,11 @@ def test_a_published_trunk_with_weights_gets_imagenet_s_statistics_and_a_gentle_
     assert scratch.data.mean == a_check().mean
 
 
+def test_one_number_for_mean_or_deviation_counts_for_every_band():
+    recipe, _ = plan(a_check(bands=5), LAPTOP, {"data": {"mean": [0.0], "std": [0.5]}})
+    assert (recipe.data.mean, recipe.data.std) == ([0.0] * 5, [0.5] * 5)
+
+
 def test_statistics_that_are_measured_at_the_end_are_not_frozen():
     given = {"model": {"name": "segnet_paper", "encoder_weights": True}, "train": {"batch_norm_pass": True}}
     recipe, _ = plan(a_check(), LAPTOP, given)

@@ -122,6 +122,13 @@ def test_neighbouring_windows_share_the_overlap_asked_for_and_start_in_phase(mul
     assert starts[-1][0] + starts[-1][1] >= 61
 
 
+def test_tiles_smaller_than_a_cell_of_the_model_leave_no_gaps():
+    """A model whose sides are free may subsample all the same; its tiles start at whole cells, and each cell gets one."""
+    model = SegmentationModel(Pointwise(), Doubled(), 2, InputGeometry(minimum=1, cell=32))
+    image = torch.randn(1, 80, 70)
+    torch.testing.assert_close(predict_tiled(model, image, tile=8, overlap=0), torch.cat([image, 2 * image]))
+
+
 def test_windows_run_in_batches_of_at_most_the_number_asked_for():
     model = pointwise(4)
     sizes = []

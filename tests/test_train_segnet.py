@@ -131,3 +131,14 @@ def test_the_old_kinds_of_class_weights_and_lists_come_back_from_yaml():
     for value in ("none", [0.5, 2.0]):
         recipe = Recipe.model_validate({"train": {"class_weights": value}})
         assert Recipe.model_validate(recipe.model_dump(mode="json")).train.class_weights == value
+
+
+def test_segnet_basic_sees_values_up_to_255_as_its_first_normalisation_expects(sample_set, tmp_path):
+    """As in the authors' files, sheet 2: on shares of 1, 1 + alpha / n * (sum of squares) is 1 to four digits."""
+    settings = [*NARROW, "train.validations=1"]
+    train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe="segnet_basic_paper", steps=1, settings=settings)
+    bundle = load_bundle(tmp_path / "best.safetensors")
+    seen = bundle.normalize(torch.full((1, bundle.card.bands, 16, 16), 255, dtype=torch.uint8))
+    torch.testing.assert_close(seen, torch.full_like(seen, 255.0))
+    after = bundle.model.encoder.normalise(seen)
+    assert after.amax() < 0.5 * seen.amax()

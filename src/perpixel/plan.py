@@ -269,8 +269,10 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     model = choices.taken["model"]
     pretrained = bool(model.get("encoder_weights"))
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
-    choices.take("data.mean", mean, reason)
-    choices.take("data.std", std, reason)
+    for key, proposal in (("mean", mean), ("std", std)):
+        value = choices.take(f"data.{key}", proposal, reason)
+        if isinstance(value, list) and len(value) == 1:  # as a recipe for images of any kind states it
+            choices.taken["data"][key] = value * report.bands
     sgd = _given(choices.given, "train.optimizer") == "sgd"
     rate = 0.01 if sgd else 0.004 if pretrained else 0.02
     choices.take("train.lr", rate, "SGD with momentum" if sgd else "AdamW with a cosine to zero; short runs need a high rate")

@@ -32,7 +32,7 @@ class DataSection(Section):
     label_map: dict[str, Any] = {}
     bands: int = Field(3, ge=1)
     dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    mean: list[float] = []
+    mean: list[float] = []  # of values as shares of the type's largest, band by band; one number counts for every band
     std: list[float] = []
 
 

@@ -79,11 +79,12 @@ def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: i
         raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
     if batch < 1:
         raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
-    # Windows move by whole multiples, and never need to be larger than the image itself.
-    wanted = max(tile, overlap + model.geometry.multiple)
+    # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
+    cell = model.geometry.cell or model.geometry.multiple
+    wanted = max(tile, overlap + cell)
     window_height, window_width = (_labelled(model.geometry, min(wanted, side)) for side in (height, width))
-    tops = _origins(height, window_height, overlap, model.geometry.cell or model.geometry.multiple)
-    lefts = _origins(width, window_width, overlap, model.geometry.cell or model.geometry.multiple)
+    tops = _origins(height, window_height, overlap, cell)
+    lefts = _origins(width, window_width, overlap, cell)
     if len(tops) == len(lefts) == 1:
         return predict_whole(model, image)
     ramps = [_ramp(side, overlap).to(image) for side in (window_height, window_width)]

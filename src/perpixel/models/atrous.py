@@ -115,7 +115,7 @@ class AtrousPyramid(nn.Module):
 
 
 class SummedPyramid(nn.Module):
-    """Scores as the sum of 3x3 convolutions at several rates: (N, C, H, W) -> (N, K, H, W); weights from N(0, 0.01), biases 0.
+    """Scores as the sum of 3x3 convolutions at several rates: (N, C, H, W) -> (N, K, H, W).
 
     Source: Chen et al. 2017, arXiv:1606.00915, section 3.2, on ResNet-101.
     """
@@ -123,22 +123,25 @@ class SummedPyramid(nn.Module):
     def __init__(self, channels_in: int, classes: int, rates: Sequence[int]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(atrous_convolution(channels_in, classes, 3, rate) for rate in rates)
-        small_scores(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return summed([branch(x) for branch in self.branches])
 
 
 def summed(maps: Sequence[Tensor]) -> Tensor:
-    """The sum of maps of one size."""
-    total = maps[0]
+    """The sum of score maps of one size, in float32 at least: sums in half precision would blur their order."""
+    total = maps[0].to(torch.promote_types(maps[0].dtype, torch.float32))
     for more in maps[1:]:
         total = total + more
     return total
 
 
 def small_scores(module: nn.Module, std: float = 0.01) -> None:
-    """Weights of the convolutions in `module`, which give scores, from N(0, std), their biases 0, in place."""
+    """Weights of the convolutions in `module`, which give scores, from N(0, std), their biases 0, in place; as published.
+
+    Nets on any encoder start their scores like other layers: small ones hold back, for hundreds of updates, all that lies before them.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=std)

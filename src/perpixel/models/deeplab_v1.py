@@ -46,7 +46,6 @@ class AtrousClassifier(nn.Module):
         self.fc8 = nn.Conv2d(fc6.width, classes, 1)
         self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(dropout)
         initialise(self)
-        small_scores(self.fc8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(self.relu(self.fc6(x)))
@@ -169,6 +168,7 @@ def deeplab_v1_paper(
     encoder = vgg_trunk(in_channels, width, image_beside=multi_scale)
     classifier = AtrousClassifier(encoder.channels[-1], classes, fc6, dropout)
     load_vgg(encoder, classifier, encoder_weights)
+    small_scores(classifier.fc8)
     # Caffe's average counts the padding: 9 in every window.
     head = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=True), classifier)
     if multi_scale:

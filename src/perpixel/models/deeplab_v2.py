@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import CellDecoder, CoarselyTrainedDecoder, SummedPyramid, atrous_encoder, summed, zoom
+from perpixel.models.atrous import CellDecoder, CoarselyTrainedDecoder, SummedPyramid, atrous_encoder, small_scores, summed, zoom
 from perpixel.models.deeplab_v1 import GEOMETRY, AtrousClassifier, Fc6, caffe_multipliers, load_vgg, vgg_trunk
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.model import Encoder, Features, SegmentationModel, whole_cells
@@ -55,6 +55,8 @@ def deeplab_v2_vgg16_paper(
     rates = _rates(variant)
     encoder = vgg_trunk(in_channels, width)
     head = SummedClassifiers(encoder.channels[-1], classes, rates, 16 * width, dropout)
+    for branch in head.branches:
+        small_scores(branch.get_submodule("fc8"))
     load_vgg(encoder, head, encoder_weights)
     decoder = CoarselyTrainedDecoder(head)
     return SegmentationModel(encoder, decoder, classes, GEOMETRY, caffe_multipliers(encoder, decoder))
@@ -142,6 +144,7 @@ def deeplab_v2_resnet101_paper(
     trunk = ResNetPath(UNITS[depth], "msra", 8, in_channels, width, frozen_norm=True)
     load_own_weights(trunk, encoder_weights)
     head = SummedPyramid(trunk.channels[-1], classes, rates)
+    small_scores(head)
     if not multi_scale:
         decoder = CoarselyTrainedDecoder(head)
         return SegmentationModel(trunk, decoder, classes, GEOMETRY, caffe_multipliers(trunk, decoder))

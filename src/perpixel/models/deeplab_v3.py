@@ -56,7 +56,6 @@ class FineDecoder(nn.Module):
         self.convolve = nn.Sequential(*(normalised(layer, momentum) for layer in convolutions))
         self.classify = nn.Conv2d(width, classes, 1)
         initialise(self)
-        small_scores(self.classify)
         self.pyramid = AtrousPyramid(channels[1], rates, width, image_pooling, dropout, momentum)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
@@ -68,7 +67,7 @@ class FineDecoder(nn.Module):
 
 def _scores_of(pyramid: AtrousPyramid, width: int, classes: int) -> nn.Sequential:
     classify = nn.Conv2d(width, classes, 1)
-    small_scores(classify)
+    initialise(classify)
     return nn.Sequential(pyramid, classify)
 
 
@@ -127,6 +126,7 @@ def deeplab_v3_paper(
         pooling = image_pooling is not False
         pyramid = AtrousPyramid(encoder.channels[-1], pyramid_rates(output_stride), 4 * width, pooling, dropout, MOMENTUM)
         head = _scores_of(pyramid, 4 * width, classes)
+        small_scores(head[1])
     return SegmentationModel(encoder, CornerDecoder(head), classes, _geometry(output_stride))
 
 
@@ -160,6 +160,7 @@ def deeplab_v3plus_paper(
         dropout=dropout,
         momentum=MOMENTUM,
     )
+    small_scores(decoder.classify)
     return SegmentationModel(encoder, decoder, classes, _geometry(output_stride))
 
 
@@ -291,8 +292,6 @@ class TorchvisionDecoder(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
         self.auxiliary = FCNHead(channels[-2], classes)
         initialise(self)
-        small_scores(self.classify)
-        small_scores(self.auxiliary[-1])
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         return resize_logits(self.classify(self.convolve(self.pyramid(features.maps[-1]))), size)

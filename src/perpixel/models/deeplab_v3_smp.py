@@ -6,7 +6,7 @@ Source: Chen et al. 2018, arXiv:1802.02611, with separable convolutions; layer b
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import AtrousPyramid, normalised, separable_convolution, small_scores, zoom
+from perpixel.models.atrous import AtrousPyramid, normalised, separable_convolution, zoom
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.layers import initialise
 from perpixel.models.model import Features
@@ -36,7 +36,6 @@ class SmpDecoder(nn.Module):
         self.convolve = normalised(separable_convolution(width + 48, width))
         self.classify = nn.Conv2d(width, classes, 1)
         initialise(self)
-        small_scores(self.classify)
         self.pyramid = AtrousPyramid(channels[1], RATES, width, dropout=dropout, separable=True)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpixel.models.alexnet import CaffeNetPath
 from perpixel.models.encoders import EncoderWeights, read_weights
 from perpixel.models.googlenet import GoogLeNet2014Path
-from perpixel.models.layers import doubled_biases, initialise, resize, resize_logits
+from perpixel.models.layers import doubled_biases, initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.torchvision_trunks import any_encoder
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
@@ -393,7 +393,7 @@ class FCNDecoder(nn.Module):
         total = self.scores[0](self.drop(features.maps[self.scored[0]]))
         for index, score in zip(self.scored[1:], self.scores[1:], strict=True):
             x = score(features.maps[index])
-            total = x + resize(total, (x.shape[-2], x.shape[-1]))
+            total = x + resize_logits(total, (x.shape[-2], x.shape[-1]))
         return resize_logits(total, size)
 
 

@@ -176,9 +176,10 @@ def segnet_basic_paper(
 
     Deviations: convolutions have biases, as in the authors' files (the paper says they have none), and LRN stands for the paper's local
     contrast normalisation, as there. eps of batch norm is 1e-5 instead of 1e-9, which would blow up maps that are 0 everywhere. Images
-    are normalised RGB. Left open and chosen here: the maps that "encoder_addition" adds are those before pooling, the only ones of the
-    decoder maps' size in every stage; deconvolutions have no bias and start as bilinear interpolation by 2 in the middle of the 8x8
-    filter; "bilinear" classifies before it interpolates.
+    are RGB; the recipe leaves their values at 0 to 255, for which LRN's constants are made (to normalised ones it does nothing). Left
+    open and chosen here: the maps that "encoder_addition" adds are those before pooling, the only ones of the decoder maps' size in
+    every stage; deconvolutions have no bias and start as bilinear interpolation by 2 in the middle of the 8x8 filter; "bilinear"
+    classifies before it interpolates.
 
     Raises:
         ValueError: for an unknown variant, and for dropout in a variant that has no place for it.

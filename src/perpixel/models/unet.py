@@ -189,8 +189,8 @@ class UNetDecoder(nn.Module):
 
 
 def _add(scores: Tensor, coarser: Tensor | None) -> Tensor:
-    """The sum of two maps of scores, the coarser one resized."""
-    return scores if coarser is None else scores + resize(coarser, (scores.shape[-2], scores.shape[-1]))
+    """The sum of two maps of scores, the coarser one resized; in float32 at least."""
+    return scores if coarser is None else scores + resize_logits(coarser, (scores.shape[-2], scores.shape[-1]))
 
 
 def _widths(decoder_channels: Sequence[int] | None, strides: list[int]) -> list[int]:
