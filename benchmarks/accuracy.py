@@ -1,8 +1,9 @@
-"""Runs the README's commands on real sets and writes what they reached to benchmarks/results/accuracy-SET.json.
+"""Runs the README's commands on real sets and writes what they reached to benchmarks/results/accuracy-SET[-MODEL].json.
 
-python benchmarks/accuracy.py SET --data FOLDER [--weights FILE] [--minutes M]
+python benchmarks/accuracy.py SET --data FOLDER [--model NAME] [--weights FILE] [--minutes M]
 
-FOLDER holds camvid, msrc21 and isbi2012 in the layouts that `perpixel check` prints for them; `sample` needs no folder.
+FOLDER holds camvid, msrc21 and isbi2012 in the layouts that `perpixel check` prints for them; `sample` needs no
+folder. With --model, no scores are asked for.
 """
 
 import argparse
@@ -31,11 +32,12 @@ SETS = {
 }
 
 
-def command(name: str, data: Path, weights: Path | None, minutes: float, out: Path) -> list[str]:
+def command(name: str, data: Path, model: str | None, weights: Path | None, minutes: float, out: Path) -> list[str]:
     """The command a person would type."""
     if name == "sample":
         return ["perpixel", "demo", "-o", str(out), "--minutes", str(minutes)]
     words = ["perpixel", "train", *(str(data / path) for path in SETS[name][0]), "-o", str(out), "--minutes", str(minutes)]
+    words += ["--set", f"model.name={model}"] if model else []
     return words + (["--set", f"model.encoder_weights={weights}"] if weights and name != "isbi2012" else [])
 
 
@@ -44,19 +46,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--model", help="any name of `perpixel models`; the plan's without it")
     parser.add_argument("--weights", type=Path, help="a file of mobilenetv2_100 for camvid and msrc21")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="folder of the run; a temporary one without it")
     given = parser.parse_args()
     minutes = given.minutes or SETS[given.set][1]
     out = given.out or Path(tempfile.mkdtemp()) / given.set
-    words = command(given.set, given.data, given.weights, minutes, out)
+    words = command(given.set, given.data, given.model, given.weights, minutes, out)
+    asked: dict[str, float] = {} if given.model else SETS[given.set][2]
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", *words], check=True)
     seconds = time.monotonic() - start
     scores = json.loads((out / ("run" if given.set == "sample" else "") / "evaluation.json").read_text())
     classes = {row["name"]: row["iou"] for row in scores["classes"]}
-    reached = {key: classes[key] if key in classes else scores[key] for key in SETS[given.set][2]}
+    reached = {key: classes[key] if key in classes else scores[key] for key in asked or ("miou", "pixel_accuracy")}
     result = {
         "set": given.set,
         "command": " ".join(words).replace(str(out), "RUN"),
@@ -65,13 +69,14 @@ def main() -> None:
         "machine": this_machine().words,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "perpixel": version("perpixel")},
         "images_scored": scores["images"],
-        "asked": SETS[given.set][2],
+        "asked": asked,
         "reached": reached,
         "scores": {key: scores[key] for key in ("miou", "pixel_accuracy", "mean_accuracy", "fwiou", "mean_dice", "cost")},
         "iou": classes,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"accuracy-{given.set}.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "-".join(part for part in (given.set, given.model) if part)
+    (RESULTS / f"accuracy-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 

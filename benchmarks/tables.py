@@ -16,7 +16,7 @@ def accuracy() -> str:
     lines = ["| set | command | machine | asked | reached | wall-clock | note |", "|---|---|---|---|---|---|---|"]
     for path in sorted((HERE / "results").glob("accuracy-*.json")):
         row = json.loads(path.read_text())
-        asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items())
+        asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items()) or "-"
         reached = ", ".join(f"{key} **{value:.3f}**" for key, value in row["reached"].items())
         minutes = f"{row['seconds_whole_command'] / 60:.1f} min"
         lines.append(f"| {row['set']} | `{row['command']}` | {row['machine']} | {asked} | {reached} | {minutes} | {row.get('note', '')} |")
@@ -29,7 +29,7 @@ def classes() -> str:
     for path in sorted((HERE / "results").glob("accuracy-*.json")):
         row = json.loads(path.read_text())
         each = ", ".join(f"{name} {'-' if iou is None else format(iou, '.2f')}" for name, iou in row["iou"].items())
-        parts.append(f"**{row['set']}**: {each}")
+        parts.append(f"**{path.stem.removeprefix('accuracy-')}**: {each}")
     return "\n\n".join(parts)
 
 
