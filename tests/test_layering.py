@@ -28,7 +28,7 @@ ARROWS = {
     "predict": {"bundle", "data", "models", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
-    "train": {"check", "data", "optimisation", "plan", "progress", "recipe", "run"},
+    "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
     "cli": {"check", "data", "demo", "evaluate", "models", "predict", "train"},
 }

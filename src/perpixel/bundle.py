@@ -25,7 +25,17 @@ from perpixel.models import build
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
 
-__all__ = ["Bundle", "Card", "import_weights", "load_bundle", "read_card", "read_tensors", "save_bundle", "save_tensors"]
+__all__ = [
+    "Bundle",
+    "Card",
+    "import_weights",
+    "load_bundle",
+    "read_card",
+    "read_tensors",
+    "save_bundle",
+    "save_tensors",
+    "start_from_bundle",
+]
 
 WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
@@ -85,6 +95,31 @@ def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Writes weights (a model's state dict) and card as one file, atomically."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
     save_tensors(path, own, {"perpixel": card.model_dump_json(), "digest": _digest(own)})
+
+
+def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
+    """Gives `model` every weight of a bundle that it has in the same shape, in place; training goes on from there.
+
+    Returns:
+        Names of the model's tensors that the bundle does not have so, and that stay as they are: the classifier, where the number of
+        classes differs, or parts that the bundle's model was built without.
+
+    Raises:
+        ValueError: as `load_bundle`; and if the bundle lacks a part of the encoder, so that it is another network's.
+    """
+    tensors = load_bundle(path).model.state_dict()
+    own = model.state_dict()
+    stay = [name for name, value in own.items() if name not in tensors or tensors[name].shape != value.shape]
+    if other := [name for name in stay if name.startswith("encoder.")]:
+        there = f"{tuple(tensors[other[0]].shape)}" if other[0] in tensors else "nothing"
+        raise ValueError(
+            f"{path}: another encoder's weights: it has {there} where this model has {other[0]} of {tuple(own[other[0]].shape)}; "
+            "leave model.name, model.encoder and model.options to the bundle"
+        )
+    with torch.no_grad():
+        for name in own.keys() - set(stay):
+            own[name].copy_(tensors[name])
+    return stay
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

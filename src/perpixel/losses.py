@@ -30,8 +30,8 @@ def cross_entropy(
 ) -> Tensor:
     """Weighted sum of the pixels' cross entropies, divided by the NUMBER of labelled pixels.
 
-    The division is Caffe's (SegNet, U-Net, DeepLab); `torch.nn.CrossEntropyLoss(weight=w)` divides by the sum of the weights instead,
-    which takes away much of what the weights do.
+    Weights do not enter the division, as in Caffe (SegNet, U-Net, DeepLab; it divides once for a batch, this for each image);
+    `torch.nn.CrossEntropyLoss(weight=w)` divides by their sum instead, which takes away much of what they do.
 
     Args:
         logits: (N, K, H, W), any floating type.
@@ -210,6 +210,8 @@ def combined(
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in 0 to 1")
     if label_smoothing and not any(name == "cross_entropy" for name, _ in terms):
         raise ValueError(f"label_smoothing does nothing to {loss._names()}; add the term cross_entropy, or set it to 0")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
     if reduction != "mean" and [name for name, _ in terms] != ["cross_entropy"]:
         raise ValueError(f"reduction {reduction!r} is for cross_entropy alone: beside it, {loss._names()} would not be felt; use 'mean'")
     return loss

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -62,6 +63,24 @@ def learning_rate(section: TrainSection, progress: float) -> float:
     if section.schedule == "step":
         return float(0.1 ** min(int(3 * t), 2))
     return (1 - t) ** section.poly_power if section.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * t))
+
+
+def freeze(model: SegmentationModel, parts: Sequence[str]) -> None:
+    """Keeps the weights of the parts named, such as "encoder" or "decoder.head", from being trained, in place.
+
+    Raises:
+        ValueError: if a name is that of no part, or nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    for part in parts:
+        chosen = [value for name, value in named.items() if name == part or name.startswith(f"{part}.")]
+        if not chosen:
+            known = ["encoder", "decoder", *(f"decoder.{name}" for name, _ in model.decoder.named_children())]
+            raise ValueError(f"train.frozen: this model has no part {part!r}. Known: {', '.join(known)}, and the names below them")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ValueError(f"train.frozen: {', '.join(parts)} leave nothing to train")
 
 
 def make_optimizer(model: SegmentationModel, section: TrainSection) -> torch.optim.Optimizer:

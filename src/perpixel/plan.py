@@ -130,6 +130,10 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         encoder, reason = default, f"the default of {name}"
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
+    if _given(choices.given, "model.start_from"):
+        return  # the bundle's model has its options
+    if _given(choices.given, "model.options.variant") == "smp":
+        options = {}  # the layout of checkpoints: nothing of it is open
     if "stage_scores" in options:
         choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
     if encoder == "plain":
@@ -267,7 +271,7 @@ def _strides(encoder: str) -> list[int]:
 
 def _plan_optimisation(choices: Choices, report: Check) -> None:
     model = choices.taken["model"]
-    pretrained = bool(model.get("encoder_weights"))
+    pretrained = bool(model.get("encoder_weights") or _given(choices.given, "model.start_from"))
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
     for key, proposal in (("mean", mean), ("std", std)):
         value = choices.take(f"data.{key}", proposal, reason)

@@ -57,11 +57,12 @@ class OptionsSection(Section):
 
 
 class ModelSection(Section):
-    """Arguments of `perpixel.build`."""
+    """Arguments of `perpixel.build`, and where all weights start."""
 
     name: str = "unet"
     encoder: str | None = None
     encoder_weights: bool | str | None = None
+    start_from: str | None = None  # a bundle: its model, normalisation and weights, the classifier where classes are as many
     options: OptionsSection = OptionsSection()
 
 
@@ -109,7 +110,8 @@ class TrainSection(Section):
     clip: float | None = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    freeze_batch_norm: bool = False
+    frozen: list[str] = []  # parts of the model that keep their weights: "encoder", "decoder.head"
+    freeze_batch_norm: bool | Literal["all"] = False  # its statistics: true: those of the encoder
     batch_norm_pass: bool = False  # before each validation, statistics of batch norm from one pass over the training images
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]
     loss_reduction: Literal["mean", "sum"] = "mean"  # of cross_entropy over a sample's pixels; "sum" as in FCN

@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from perpixel import __version__
-from perpixel.bundle import Card, read_tensors, save_bundle, save_tensors
+from perpixel.bundle import Card, read_tensors, save_bundle, save_tensors, start_from_bundle
 from perpixel.check import Check
 from perpixel.data.dataset import LabelledImages, SampleStream, collate, sample_numbers
 from perpixel.data.display import overlay, to_display
@@ -27,15 +29,15 @@ from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
-from perpixel.models import build
-from perpixel.models.batch_norm import freeze_batch_norm, measure_batch_norm, unfold_batch_norm
+from perpixel.models import MODELS, build
+from perpixel.models.batch_norm import batch_norms, freeze_batch_norm, measure_batch_norm, unfold_batch_norm
 from perpixel.models.model import SegmentationModel
-from perpixel.optimisation import Average, make_optimizer
+from perpixel.optimisation import Average, freeze, make_optimizer
 from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe
 
 PICTURES = 6  # validation images drawn with each best bundle
-STATE_FORMAT = 2  # of resume.safetensors
+STATE_FORMAT = 3  # of resume.safetensors
 
 
 @dataclass
@@ -78,9 +80,11 @@ class Run:
 
     def _build(self, fresh: bool) -> SegmentationModel:
         spec, data = self.recipe.model, self.recipe.data
-        weights = spec.encoder_weights if fresh else None  # a resumed run has its own
+        weights = None if spec.start_from or not fresh else spec.encoder_weights  # a bundle, like a resumed run, has its own
         options = spec.options.model_dump(exclude_none=True)
         model = build(spec.name, len(data.classes), encoder=spec.encoder, encoder_weights=weights, in_channels=data.bands, **options)
+        self.stayed_new = start_from_bundle(model, Path(spec.start_from)) if spec.start_from and fresh else []
+        freeze(model, self.section.frozen)
         model.to(self.fabric.device).to(memory_format=torch.channels_last)
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             # PyTorch has no CPU form of it, and its own conversion would drop the activations within timm's norms.
@@ -127,16 +131,21 @@ class Run:
             yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
 
     def _batch_norm_pass(self) -> None:
-        """Statistics of batch norm of the scored model, from the first epoch's images in whole batches. The same in every process."""
-        share = self.section.batch // self.fabric.world_size
+        """Statistics of batch norm of the scored model, from the first epoch's images in whole batches, each process with its share."""
         torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
+        batches = -(-len(self.train_images) // self.section.batch)
         with self.fabric.autocast():
-            measure_batch_norm(self.scored, (self._pixels(first, share) for first in range(0, len(self.train_images), share)))
+            measure_batch_norm(self.scored, (self._pixels(images) for images, _, _ in islice(self.loader(0), batches)))
+        if self.fabric.world_size > 1:
+            for norm in batch_norms(self.scored):
+                for statistic in (norm.running_mean, norm.running_var):
+                    if statistic is not None:
+                        torch.distributed.all_reduce(statistic)
+                        statistic /= self.fabric.world_size
 
-    def _pixels(self, first: int, count: int) -> Tensor:
-        """(count, C, H, W) images of the stream from number `first` on, as a step of training sees them."""
-        images = torch.stack([self.stream[number][0] for number in range(first, first + count)])
-        return self.normalize(images.to(self.fabric.device)).contiguous(memory_format=torch.channels_last)
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images of the stream as the model sees them."""
+        return self.normalize(images.to(self.fabric.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
     def loader(self, first_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor | None]]:
         """The endless stream of this process's shares of the batches from `first_step` on."""
@@ -158,10 +167,9 @@ class Run:
             group["lr"] = rate * group["scale"]
         self.model.train()
         if section.freeze_batch_norm:
-            freeze_batch_norm(self.bare.encoder)
-        pixels = self.normalize(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            freeze_batch_norm(self.bare if section.freeze_batch_norm == "all" else self.bare.encoder)
         with self.fabric.autocast():  # Fabric opens it around `forward` alone
-            outputs = self.model.supervised(pixels)
+            outputs = self.model.supervised(self._pixels(images))
         value = self._cost(outputs, labels.to(device), None if weights is None else weights.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(value)
@@ -185,11 +193,10 @@ class Run:
         thin = _every(self.section.loss_stride, self.place.step)
         total = torch.zeros((), device=labels.device)
         for share, logits in zip(self.bare.loss_weights, outputs, strict=True):
-            if share:
-                size = (logits.shape[-2], logits.shape[-1])
-                known, by_pixel = labels_at(labels, size), None if weights is None else labels_at(weights, size)
-                losses = self.criterion(logits[thin], known[thin], None if by_pixel is None else by_pixel[thin])
-                total = total + share * cost(losses)
+            size = (logits.shape[-2], logits.shape[-1])
+            known, by_pixel = labels_at(labels, size), None if weights is None else labels_at(weights, size)
+            losses = self.criterion(logits[thin], known[thin], None if by_pixel is None else by_pixel[thin])
+            total = total + share * cost(losses)
         return total
 
     @property
@@ -247,7 +254,7 @@ class Run:
             perpixel=__version__,
             model=spec.name,
             encoder=spec.encoder,
-            options=spec.options.model_dump(exclude_none=True),
+            options=self._options(),
             bands=data.bands,
             dtype=data.dtype,
             mean=data.mean,
@@ -261,6 +268,15 @@ class Run:
             split_seed=data.split_seed,
         )
 
+    def _options(self) -> dict[str, Any]:
+        """Those of the recipe, and the output stride that the encoder came to, on which rates of atrous convolutions depend."""
+        options = self.recipe.model.options.model_dump(exclude_none=True)
+        option = signature(MODELS[self.recipe.model.name]).parameters.get("output_stride")
+        stride: int = getattr(self.bare.encoder, "strides", [0])[-1]
+        if option is not None and option.default is None and stride in (8, 16, 32):
+            options["output_stride"] = stride
+        return options
+
     def save(self) -> None:
         """last.safetensors, a bundle, and resume.safetensors, all that a resumed run needs, each complete or not there."""
         self.fabric.barrier()
@@ -270,8 +286,9 @@ class Run:
             tensors = {f"model.{name}": tensor for name, tensor in self.bare.state_dict().items()}
             if self.average is not None:
                 tensors |= {f"average.{name}": tensor for name, tensor in self.average.model.state_dict().items()}
-            for index, state in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+            for name, parameter in self.bare.named_parameters():
+                state = self.optimizer.state.get(parameter, {})
+                tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
             save_tensors(self.out / "resume.safetensors", tensors, {"format": str(STATE_FORMAT), "place": json.dumps(vars(self.place))})
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
@@ -295,14 +312,20 @@ class Run:
         self.bare.load_state_dict(parts["model"])
         if self.average is not None:
             self.average.model.load_state_dict(parts["average"])
-        state: dict[int, dict[str, Tensor]] = {}
+        self._restore_optimizer(parts["optimizer"])
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the optimiser's state of each parameter, by the parameter's name."""
+        names = {id(parameter): name for name, parameter in self.bare.named_parameters()}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            parameter = parameters[int(index)]
-            if tensor.shape == parameter.shape:  # files hold plain layout; fused optimisers want the parameter's, channels last
-                tensor = torch.empty_like(parameter).copy_(tensor)
-            state.setdefault(int(index), {})[key] = tensor
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, parameter in enumerate(parameters):
+            prefix = f"{names[id(parameter)]}."
+            for name in [name for name in tensors if name.startswith(prefix)]:
+                tensor = tensors[name]
+                if tensor.ndim:  # files hold plain layout; fused optimisers want the parameter's, channels last
+                    tensor = torch.empty_like(parameter).copy_(tensor)
+                state.setdefault(index, {})[name.removeprefix(prefix)] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 

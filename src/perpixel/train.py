@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from perpixel.bundle import read_card, read_tensors
 from perpixel.check import Check, check, render
 from perpixel.data.masks import LabelMap
 from perpixel.optimisation import Clock, learning_rate
@@ -74,7 +75,9 @@ def train(
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given)
-    elif resume:
+    elif start := given.get("model", {}).get("start_from"):
+        given = merge(_of_bundle(Path(start)), given)
+    if resume and not resumed:
         console.print(f"nothing to resume in {escape(str(out))}: a new run starts there", soft_wrap=True)
     report = _checked(images, masks, classes, labels, given.get("data", {}), console)
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
@@ -96,6 +99,8 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     fabric = _fabric(section)
     run = Run(fabric.broadcast(recipe), report, fabric, out, fresh=not (out / "resume.safetensors").exists())
     run.restore()
+    if run.stayed_new:
+        console.print(f"new in {escape(str(recipe.model.start_from))}'s place: {', '.join(run.stayed_new)}", soft_wrap=True)
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
@@ -139,6 +144,13 @@ def _fabric(section: TrainSection) -> Fabric:
     fabric = Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", precision=section.precision, **many)
     fabric.launch()
     return fabric
+
+
+def _of_bundle(path: Path) -> dict[str, Any]:
+    """The part of a recipe that a bundle stands for, so that its weights fit and mean the same."""
+    card = read_card(path, read_tensors(path)[1])
+    model = {"name": card.model, "encoder": card.encoder, "encoder_weights": None, "options": card.options}
+    return {"model": model, "data": {"mean": card.mean, "std": card.std}}
 
 
 def _length(steps: int | None, minutes: float | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_fc6_and_fc7_of_a_vgg_classifier_land_in_the_head():
         "classifier.3.bias": torch.randn(12),
     }
     head = AtrousClassifier(2, 3, Fc6(7, 4, 12))
-    head.load_classifier(state)
+    head.load_state_dict(head.decimated(state), strict=False)
     torch.testing.assert_close(head.fc6.weight.flatten(1), state["classifier.0.weight"])
     torch.testing.assert_close(head.fc7.weight[..., 0, 0], state["classifier.3.weight"])
 

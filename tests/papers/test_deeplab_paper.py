@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from perpixel.models.deeplab_v1 import VARIANTS, deeplab_v1_paper, with_side_branches
+from perpixel.models.deeplab_v1 import VARIANTS, deeplab_v1_paper
 from perpixel.models.deeplab_v2 import deeplab_v2_resnet101_paper, deeplab_v2_vgg16_paper
 from perpixel.models.deeplab_v3 import deeplab_v3_paper, deeplab_v3plus_paper
 from perpixel.models.resnet import strides_and_rates
@@ -62,16 +63,17 @@ def test_v1_trains_on_41_pixels_of_321_and_predicts_all(variant):
         model = deeplab_v1_paper(21, width=4, **options)
         shapes = [tuple(x.shape) for x in model.supervised(torch.zeros(1, 3, 321, 321))]
         assert model.encoder(torch.zeros(1, 3, 513, 513)).maps[-1].shape[-1] == 65
-    assert shapes == [(1, 21, 321, 321), (1, 21, 41, 41)]
-    assert model.loss_weights == (0.0, 1.0)
+        assert model(torch.zeros(1, 3, 321, 321)).shape == (1, 21, 321, 321)
+    assert shapes == [(1, 21, 41, 41)]
+    assert model.loss_weights == (1.0,)
 
 
 def test_v2_on_three_scales_takes_four_losses_on_maps_of_41_31_and_21():
     with torch.device("meta"):
         model = deeplab_v2_resnet101_paper(21, depth=50, width=4)
         sides = [x.shape[-1] for x in model.supervised(torch.zeros(1, 3, 321, 321))]
-    assert sides == [321, 41, 41, 31, 21]
-    assert model.loss_weights == (0.0, 1.0, 1.0, 1.0, 1.0)
+    assert sides == [41, 41, 31, 21]
+    assert model.loss_weights == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_vgg_s_maps_have_the_sizes_of_the_released_net():
@@ -202,18 +204,6 @@ def test_scores_start_from_n_0_01_and_those_of_side_branches_from_n_0_001():
     assert not model.decoder.head[1].fc8.bias.any()
 
 
-def test_side_branches_on_a_trained_net_keep_its_scores_and_are_all_that_trains():
-    torch.manual_seed(0)
-    trained = deeplab_v1_paper(3, width=4).eval()
-    model = with_side_branches(trained).eval()
-    assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"branches"}
-    image = torch.randn(1, 3, 33, 41)
-    with torch.no_grad():
-        torch.testing.assert_close(model(image), trained(image), atol=1e-3, rtol=0)
-    with pytest.raises(ValueError, match="without them"):
-        with_side_branches(model)
-
-
 def test_average_pooling_before_fc6_counts_its_padding():
     pool = deeplab_v1_paper(3, width=1).decoder.head[0]
     assert pool(torch.ones(1, 1, 3, 3))[0, 0, 0].tolist() == pytest.approx([4 / 9, 6 / 9, 4 / 9])
@@ -231,11 +221,24 @@ def test_fusion_takes_the_largest_score_of_the_scales():
     torch.manual_seed(0)
     model = deeplab_v2_resnet101_paper(2, depth=50, width=2).eval()
     with torch.no_grad():
-        _, fused, whole, *smaller = model.supervised(torch.randn(1, 3, 65, 65))
+        fused, whole, *smaller = model.supervised(torch.randn(1, 3, 65, 65))
         for x in smaller:
             resized = nn.functional.interpolate(x, size=whole.shape[-2:], mode="bilinear", align_corners=True)
             whole = torch.maximum(whole, resized)
     torch.testing.assert_close(fused, whole)
+
+
+def test_v2_on_several_scales_starts_from_a_bundle_of_itself_and_from_one_of_a_single_scale(tmp_path):
+    torch.manual_seed(0)
+    for scales in (True, False):
+        trained = deeplab_v2_resnet101_paper(2, depth=50, width=2, multi_scale=scales)
+        save_file(trained.state_dict(), tmp_path / "own.safetensors")
+        started = deeplab_v2_resnet101_paper(5, depth=50, width=2, encoder_weights=tmp_path / "own.safetensors")
+        first, second = (dict(model.encoder.named_parameters()) for model in (trained, started))
+        assert all(torch.equal(value, first[name if scales else name.removeprefix("trunk.")]) for name, value in second.items())
+    with pytest.raises(ValueError, match=r"own\.safetensors: not the weights of this encoder: it has .* where the encoder has") as refused:
+        deeplab_v3_paper(2, depth=50, width=2, encoder_weights=tmp_path / "own.safetensors")
+    assert len(str(refused.value)) < 300
 
 
 def test_weights_trained_at_output_stride_16_predict_at_8():

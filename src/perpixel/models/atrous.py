@@ -168,11 +168,10 @@ class CornerDecoder(nn.Module):
 class CoarselyTrainedDecoder(CornerDecoder):
     """Trained on its scores before they are enlarged, against every eighth label: DeepLab v1 and v2."""
 
-    loss_weights: tuple[float, ...] = (0.0, 1.0)
+    loss_weights: tuple[float, ...] = (1.0,)
 
     def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
-        scores = self.scores(features)
-        return [zoom(scores, size), scores]
+        return [self.scores(features)]
 
 
 class CellDecoder(nn.Module):

@@ -34,7 +34,7 @@ def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; SegNet's test-time statistics (arXiv:1511.00561) are made just so.
     """
-    norms = [norm for norm in batch_norms(network) if norm.running_mean is not None]
+    norms = [norm for norm in batch_norms(network) if norm.running_mean is not None and norm.num_batches_tracked is not None]
     settings = [(norm, norm.momentum) for norm in norms]
     modes = [(layer, layer.training) for layer in network.modules()]
     before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
@@ -52,10 +52,11 @@ def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for layer, mode in modes:
             layer.training = mode
-    if not count:
-        for norm, buffers in zip(norms, before, strict=True):
+    for norm, buffers in zip(norms, before, strict=True):
+        if not norm.num_batches_tracked:  # no batch reached it, or none with more than one value a channel: what it had is better
             for buffer, old in zip(norm.buffers(), buffers, strict=True):
                 buffer.copy_(old)
+    if not count:
         raise ValueError("no images to measure batch norm on; give at least one batch")
 
 

@@ -51,12 +51,8 @@ class AtrousClassifier(nn.Module):
         x = self.drop(self.relu(self.fc6(x)))
         return self.fc8(self.drop(self.relu(self.fc7(x))))
 
-    def load_classifier(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> None:
-        """Takes fc6 and fc7 of torchvision's VGG-16 classifier, decimated (`decimate`); the scores stay as they are."""
-        self.load_state_dict(self.decimated(state, source, seed), strict=False)
-
     def decimated(self, state: Mapping[str, Tensor], source: str = "the state dict", seed: int = 0) -> dict[str, Tensor]:
-        """What `load_classifier` would take; ValueError if it does not fit."""
+        """fc6 and fc7 of torchvision's VGG-16 classifier as this head takes them (`decimate`); ValueError if they do not fit."""
         kept = decimate(fully_connected(state, source=source), self.fc6.kernel_size[0], self.fc6.out_channels, seed)
         for key, value in kept.items():
             own = self.get_parameter(key)
@@ -149,8 +145,8 @@ def deeplab_v1_paper(
         in_channels: bands of the image.
         encoder_weights: torchvision's VGG-16 classifier (True: download; or a file): its convolutions, and fc6 and fc7 decimated.
         variant: "largefov" (3x3 at rate 12, 1024 maps), "7x7" (rate 4, 4096), "4x4" (rate 4) or "4x4_r8" (rate 8).
-        multi_scale: branches on the image and pool1 to pool4. The paper trains them alone, on a net that is trained already:
-            `with_side_branches` makes that model.
+        multi_scale: branches on the image and pool1 to pool4. The paper trains them alone, on a net that is trained already
+            (arXiv:1412.7062, section 4.3): `model.start_from` and `train.frozen`, as in the recipe.
         dropout: share of values dropped after fc6, fc7 and in the branches while training.
         width: maps of VGG's first stage; 64 as published. fc6, fc7 and the branches follow it.
 
@@ -178,38 +174,6 @@ def deeplab_v1_paper(
     return SegmentationModel(encoder, decoder, classes, GEOMETRY, caffe_multipliers(encoder, decoder))
 
 
-def with_side_branches(model: SegmentationModel, dropout: float = 0.5) -> SegmentationModel:
-    """The multi-scale model of a trained `deeplab_v1_paper`: its weights, frozen, and new branches that hardly change its scores.
-
-    Args:
-        model: without branches; left as it is.
-        dropout: of the branches.
-
-    Raises:
-        ValueError: if `model` is not a `deeplab_v1_paper` without branches.
-
-    Source: arXiv:1412.7062, section 4.3: only the added weights are trained.
-    """
-    trunk, old = model.encoder, model.decoder
-    if type(trunk) is not VGGPath or type(old) is not CoarselyTrainedDecoder:
-        raise ValueError("side branches go on a deeplab_v1_paper without them (multi_scale=False)")
-    encoder = vgg_trunk(_bands(trunk), trunk.channels[0], image_beside=True)
-    encoder.load_state_dict(trunk.state_dict())
-    classifier: AtrousClassifier = old.head[1]  # type: ignore[index]
-    fc6 = Fc6(classifier.fc6.kernel_size[0], classifier.fc6.dilation[0], classifier.fc6.out_channels)
-    head = nn.Sequential(old.head[0], AtrousClassifier(encoder.channels[-1], model.classes, fc6, classifier.drop.p))  # type: ignore[index]
-    head.load_state_dict(old.head.state_dict())
-    for part in (encoder, head):
-        part.requires_grad_(False)
-    decoder = MultiScaleDecoder(head, encoder.channels, model.classes, 2 * trunk.channels[0], dropout)
-    return SegmentationModel(encoder, decoder, model.classes, GEOMETRY, caffe_multipliers(encoder, decoder))
-
-
-def _bands(trunk: VGGPath) -> int:
-    first = next(layer for layer in trunk.modules() if isinstance(layer, nn.Conv2d))
-    return first.in_channels
-
-
 def vgg_trunk(in_channels: int, width: int, image_beside: bool = False) -> VGGPath:
     """VGG-16 at output stride 8: 3x3 poolings, the last two with stride 1, conv5 at rate 2."""
     make = ImageBeside if image_beside else VGGPath
@@ -220,7 +184,7 @@ def vgg_trunk(in_channels: int, width: int, image_beside: bool = False) -> VGGPa
 
 
 def load_vgg(encoder: VGGPath, head: nn.Module, weights: EncoderWeights) -> None:
-    """`load_classifier` of published weights: True downloads torchvision's VGG-16, a file is read, None leaves all as it is."""
+    """Gives trunk and head published weights: True downloads torchvision's VGG-16, a file is read, None leaves all as it is."""
     if weights:
         load_classifier(encoder, head, classifier_weights(weights, "vgg16"), source_of(weights, "vgg16"))
 

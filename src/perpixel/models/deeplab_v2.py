@@ -92,7 +92,7 @@ class MaxFusionDecoder(nn.Module):
     def __init__(self, head: nn.Module, scales: int) -> None:
         super().__init__()
         self.head = head
-        self.loss_weights: tuple[float, ...] = (0.0, 1.0, *[1.0] * scales)
+        self.loss_weights: tuple[float, ...] = (1.0,) * (1 + scales)
 
     def scores(self, features: Features) -> list[Tensor]:
         """(N, K, h, w) fused, then those of each scale, the largest first."""
@@ -106,8 +106,7 @@ class MaxFusionDecoder(nn.Module):
         return zoom(self.scores(features)[0], size)
 
     def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
-        scores = self.scores(features)
-        return [zoom(scores[0], size), *scores]
+        return self.scores(features)
 
 
 def deeplab_v2_resnet101_paper(

@@ -149,8 +149,13 @@ def _from_caffe(model: SegmentationModel, state: Mapping[str, Any]) -> None:
 
 
 def _caffe_blob(value: Tensor, target: Tensor, key: str, flip: bool) -> Tensor:
-    if value.numel() == target.numel():
-        value = value.reshape(target.shape)  # old files store biases and fully connected layers with axes of length 1
+    # Old files store biases and fully connected layers with axes of length 1 before them; the latter are (outputs, inputs) here.
+    while value.ndim > 1 and value.ndim != target.ndim and value.shape[0] == 1:
+        value = value[0]
+    if value.ndim == 4 and target.ndim == 4 and value.shape[:2] == (1, 1):
+        value = value[0, 0]
+    if value.ndim == 2 and target.ndim == 4 and value.shape == target.flatten(1).shape:
+        value = value.reshape(target.shape)
     if flip and value.ndim == 4 and value.shape[1] >= 3:  # what follows the three colours, as depth does, keeps its place
         value = torch.cat([value[:, :3].flip(1), value[:, 3:]], dim=1)
         value = fit_bands(value, target, key)

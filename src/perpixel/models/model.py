@@ -41,16 +41,16 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class SupervisedDecoder(Protocol):
-    """A decoder that is trained on several maps of logits, each of a size of its own.
+    """A decoder that is trained on other maps of logits than the one it predicts with, or on more of them, each of a size of its own.
 
     Attributes:
-        loss_weights: of the loss on each of them, the final logits first. 0: this one is not trained on.
+        loss_weights: of the loss on each of them.
     """
 
     loss_weights: tuple[float, ...]
 
     def supervised(self, features: Features, size: tuple[int, int]) -> list[Tensor]:
-        """The logits (N, K, *size), then the auxiliary ones (N, K, h, w), as many as `loss_weights`."""
+        """Logits (N, K, h, w), as many as `loss_weights`; `size` is that of the logits it predicts with."""
         ...
 
 
@@ -63,8 +63,8 @@ class InputGeometry:
         remainder: a legal side modulo `multiple`.
         margin: pixels at each border that are seen but not labelled (unpadded convolutions).
         minimum: smallest legal side, in pixels.
-        pads: whether the model brings other sizes to a legal one itself, by zeros at the right and below, and cuts the logits. Models
-            on any encoder do; published ones refuse what they were not made for. Prediction mirrors instead.
+        pads: whether the model brings other sizes to a legal one itself, by repeating the last pixels at the right and below, and cuts
+            the logits. Models on any encoder do; published ones refuse what they were not made for. Prediction mirrors instead.
         cell: tiles start at multiples of this, where the model's subsampling is in phase with that of the whole image; 0: `multiple`.
     """
 
@@ -83,7 +83,9 @@ class InputGeometry:
         if self.margin < 0 or self.minimum <= 2 * self.margin:
             raise ValueError(f"margin {self.margin}, minimum {self.minimum}: need margin >= 0 and a minimum that leaves a pixel to label")
         if self.pads and self.margin:
-            raise ValueError(f"margin {self.margin} with pads: need margin 0, since zeros are no substitute for an image's surroundings")
+            raise ValueError(
+                f"margin {self.margin} with pads: need margin 0, since repeated pixels are no substitute for an image's surroundings"
+            )
 
     def fits(self, side: int) -> bool:
         """Whether an image side of `side` pixels is legal."""
@@ -155,12 +157,13 @@ class SegmentationModel(nn.Module):
         height, width = self.labelled_size(image)  # first: its message says more than an encoder's
         down, right = (self.geometry.fit(side) - side for side in (height, width)) if self.geometry.pads else (0, 0)
         if down or right:
-            image = functional.pad(image, (0, right, 0, down))
+            # Not zeros, which would count in the mean of image pooling and make an edge where there is none.
+            image = functional.pad(image, (0, right, 0, down), mode="replicate")
         logits: Tensor = self.decoder(self.encoder(image), (height + down, width + right))
         return logits[..., :height, :width]
 
     def supervised(self, image: Tensor) -> list[Tensor]:
-        """What training takes losses on: the logits as `forward` gives them, then auxiliary ones, as many as `loss_weights`."""
+        """What training takes losses on: the logits as `forward` gives them, or what the decoder is trained on, as `loss_weights` says."""
         if not isinstance(self.decoder, SupervisedDecoder):
             return [self(image)]
         size = self.labelled_size(image)

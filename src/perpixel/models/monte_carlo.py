@@ -55,8 +55,8 @@ def monte_carlo(
         raise ValueError(f"samples is {samples}; Monte Carlo dropout needs at least 1")
     drops = active_dropouts(model)
     mean = squares = torch.zeros(())
-    devices = [image.device] if image.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _only(drops, model):
+    # torch.manual_seed seeds every device, so the state of every one is kept.
+    with torch.random.fork_rng(), _only(drops, model):
         torch.manual_seed(seed)
         for number in range(1, samples + 1):
             logits = model(image) if predict is None else predict(model, image)

@@ -1,7 +1,7 @@
 """ResNet-50 and -101 as DeepLab v2 and v3 use them: strides where MSRA's Caffe nets and TensorFlow's slim put them, atrous beyond.
 
 Source: He et al. 2015, arXiv:1512.03385, table 1. timm's and torchvision's ResNets put the stride on the 3x3 convolution of the FIRST
-unit of a block. Weights fit all three, what they compute does not.
+unit of a block. The layers are the same, so weights could be renamed to fit; what they compute then differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -176,8 +176,11 @@ def load_own_weights(encoder: nn.Module, weights: EncoderWeights) -> None:
     if not weights:
         return
     state = read_weights(Path(weights))
-    state = {key.removeprefix("encoder."): value for key, value in state.items() if not key.startswith("decoder.")}
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{weights}: not the weights of this encoder ({str(error).splitlines()[-1].strip()})") from error
+    # A bundle's encoder may hold the path as the trunk that it shows several scales of an image.
+    state = {key.removeprefix("encoder.").removeprefix("trunk."): value for key, value in state.items() if not key.startswith("decoder.")}
+    own = encoder.state_dict()
+    for name in [*own, *state]:
+        there, here = (tuple(part[name].shape) if name in part else "nothing" for part in (state, own))
+        if there != here:
+            raise ValueError(f"{weights}: not the weights of this encoder: it has {there} where the encoder has {here} for {name}")
+    encoder.load_state_dict(state)

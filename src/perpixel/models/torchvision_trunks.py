@@ -73,6 +73,9 @@ class GoogLeNetPath(TorchvisionTrunk):
         in_channels: bands of the image.
     """
 
+    gain: Tensor
+    shift: Tensor
+
     def __init__(self, in_channels: int = 3) -> None:
         whole = GoogLeNet(aux_logits=False, transform_input=False, init_weights=True)
         layers = nn.ModuleDict({name: part for name, part in whole.named_children() if name not in ("avgpool", "dropout", "fc")})
@@ -81,13 +84,13 @@ class GoogLeNetPath(TorchvisionTrunk):
             nn.init.trunc_normal_(first.weight, std=0.01, a=-2, b=2)  # as torchvision does
             layers["conv1"].conv = first
         super().__init__("googlenet", layers, [64, 192, 480, 832, 1024], [2, 4, 8, 16, 32])
+        mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("gain", (deviation / 0.5)[:, None, None], persistent=False)
+        self.register_buffer("shift", ((mean - 0.5) / 0.5)[:, None, None], persistent=False)
 
     def as_trained(self, image: Tensor) -> Tensor:
         """Its weights come from a training on values -1..1."""
-        if image.shape[1] != 3:
-            return image
-        mean, std = image.new_tensor(IMAGENET_MEAN), image.new_tensor(IMAGENET_STD)
-        return image * (std / 0.5)[:, None, None] + ((mean - 0.5) / 0.5)[:, None, None]
+        return image * self.gain + self.shift if image.shape[1] == 3 else image
 
 
 class SqueezeNetPath(TorchvisionTrunk):
