@@ -293,3 +293,9 @@ def test_each_published_deeplab_recipe_trains_narrow(sample_set, tmp_path, recip
     outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=recipe, steps=2, settings=settings)
     assert outcome.step == 2
     assert outcome.recipe.train.momentum == 0.9
+
+
+def test_training_from_python_says_nothing_that_was_not_asked_for(sample_set, tmp_path, tiny_settings, capfd):
+    settings = [*tiny_settings, "train.precision=bf16-mixed", "train.validations=1"]
+    train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=settings)
+    assert capfd.readouterr() == ("", "")

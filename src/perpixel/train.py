@@ -140,7 +140,8 @@ def _fabric(section: TrainSection) -> Fabric:
     if section.batch % world:
         raise ValueError(f"train.batch is {section.batch}; it must be a multiple of the {world} processes. Try --set train.batch={world}.")
     many = {"devices": local, "num_nodes": world // local, "strategy": "ddp"} if world > 1 else {"devices": 1}
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it announces what the plan has said already
+    for name in ("lightning.fabric", "lightning.pytorch"):  # they announce what the plan has said already
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", precision=section.precision, **many)
     fabric.launch()
     return fabric

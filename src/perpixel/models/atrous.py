@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
+from perpixel.models.encoders import DilationError, EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features
 from perpixel.models.torchvision_trunks import TorchvisionTrunk, any_encoder
@@ -220,13 +220,12 @@ def _dilated(name: str, in_channels: int, weights: EncoderWeights, wanted: int, 
     """Dilated by timm; or as it is where that is what is wanted, or where anything is and it cannot dilate (`natural`)."""
     if wanted < 32:
         try:
-            encoder = any_encoder(name, in_channels, None, wanted)
-        except ValueError as error:
-            if "unknown encoder" in str(error) or "in_channels" in str(error):
-                raise
+            encoder = any_encoder(name, in_channels, weights, wanted)
+        except DilationError:
+            pass  # as it is, then, or an error that names those that can
         else:
             if encoder.strides[-1] == wanted:
-                return any_encoder(name, in_channels, weights, wanted) if weights else encoder
+                return encoder
     encoder = any_encoder(name, in_channels, weights)
     if not natural and encoder.strides[-1] != wanted:
         raise ValueError(

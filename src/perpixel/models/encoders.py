@@ -59,6 +59,10 @@ class UNetPath(nn.Module):
         return Features(maps)
 
 
+class DilationError(ValueError):
+    """An encoder that has no maps at the output stride asked for."""
+
+
 class TimmEncoder(nn.Module):
     """A timm network as an `Encoder`.
 
@@ -173,8 +177,8 @@ def _create(name: str, in_channels: int, output_stride: int | None = None, pretr
     except (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError) as error:
         if pretrained:
             raise
-        wish = "" if output_stride is None else f" at output stride {output_stride}"
-        raise ValueError(f"encoder {name!r} gives no feature maps{wish} ({_first_line(error)}); choose another, e.g. 'resnet34'") from error
+        wish, kind = ("", ValueError) if output_stride is None else (f" at output stride {output_stride}", DilationError)
+        raise kind(f"encoder {name!r} gives no feature maps{wish} ({_first_line(error)}); choose another, e.g. 'resnet34'") from error
     return network
 
 

@@ -110,17 +110,20 @@ def _whole(model: SegmentationModel, state: Mapping[str, Tensor], table: Mapping
     if lacking or foreign:
         what = f"lacks {lacking[0]}" if lacking else f"has the foreign {foreign[0]}"
         raise ValueError(f"not the weights of this model as {origin} names them: the state dict {what} (as we name it: {_examples(own)})")
-    fitted = {key: _fitted(value, own[key], key) for key, value in renamed.items()}
+    fitted = {key: _fitted(value, own[key], key, origin) for key, value in renamed.items()}
     for key, value in fitted.items():
         own[key].copy_(value)
 
 
-def _fitted(value: Tensor, own: Tensor, key: str) -> Tensor:
+def _fitted(value: Tensor, own: Tensor, key: str, origin: str) -> Tensor:
     if value.shape == own.shape:
         return value
     first = value.ndim == own.ndim == 4 and value.shape[1] == 3 and key.startswith("encoder.")
     if not first:
-        raise ValueError(f"{key} has shape {tuple(value.shape)}, but this model has {tuple(own.shape)}; build it for the same classes")
+        raise ValueError(
+            f"{key} has shape {tuple(value.shape)}, but this model has {tuple(own.shape)}; build it for the same classes"
+            + (" and with variant='smp'" if origin.startswith("segmentation") and value.shape[2:] != own.shape[2:] else "")
+        )
     return fit_bands(value, own, key)
 
 

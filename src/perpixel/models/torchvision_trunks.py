@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNet
 from torchvision.models.squeezenet import SqueezeNet
 
-from perpixel.models.encoders import EncoderWeights, TimmEncoder, fit_bands, timm_encoder
+from perpixel.models.encoders import DilationError, EncoderWeights, TimmEncoder, fit_bands, timm_encoder
 from perpixel.models.model import Features
 from perpixel.models.vgg import classifier_weights, source_of
 
@@ -140,7 +140,7 @@ def any_encoder(
     wanted = output_stride or own
     if wanted != own and not (name == "squeezenet1_0" and wanted == 8):
         legal = "32" if name == "googlenet" else "8 or 16"
-        raise ValueError(f"encoder {name!r} gives no feature maps at output stride {wanted}; it has {legal}")
+        raise DilationError(f"encoder {name!r} gives no feature maps at output stride {wanted}; it has {legal}")
     path = GoogLeNetPath(in_channels) if name == "googlenet" else SqueezeNetPath(in_channels, wanted)
     if weights:
         path.load_classifier(classifier_weights(weights, name), source_of(weights, name))

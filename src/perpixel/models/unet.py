@@ -212,7 +212,7 @@ def unet(
     decoder_channels: Sequence[int] | None = None,
     width: int = 32,
     head_stride: int = 1,
-    upsampling: str = "bilinear",
+    upsampling: str | None = None,
     image_pooling: bool = False,
     dropout: float = 0.0,
     stage_scores: bool = False,
@@ -230,7 +230,7 @@ def unet(
             (and mirrors the path for "plain").
         width: maps of the first level of the "plain" encoder; others have their own.
         head_stride: 1 decodes to full resolution; 2 or 4 stop there and resize the logits bilinearly: faster, edges a little softer.
-        upsampling: "bilinear" or "nearest", between decoder stages.
+        upsampling: "bilinear" (so too by None) or "nearest", between decoder stages.
         image_pooling: give the coarsest maps their mean over the image as context.
         dropout: share of whole maps dropped before the classifier while training.
         stage_scores: classify at every decoder stage and sum the scores, as FCN does with its skips: what the coarse maps know reaches
@@ -243,9 +243,9 @@ def unet(
     """
     if variant not in (None, "smp"):
         raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
-    head_kernel = 1
-    if variant == "smp":
-        upsampling, head_kernel = "nearest", 3
+    if variant == "smp" and (upsampling not in (None, "nearest") or stage_scores or image_pooling):
+        raise ValueError("variant 'smp' has nearest upsampling, and neither stage_scores nor image_pooling; leave these out")
+    upsampling, head_kernel = ("nearest", 3) if variant == "smp" else (upsampling or "bilinear", 1)
     path: TimmEncoder | TorchvisionTrunk | UNetPath
     if encoder == "plain":
         if encoder_weights:
