@@ -266,35 +266,6 @@ def test_every_schedule_and_optimizer_trains(sample_set, tmp_path, tiny_settings
     assert train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings).step == 2
 
 
-def test_the_published_unet_recipe_trains_narrow(sample_set, tmp_path):
-    settings = ["model.options={width: 2}", "train.crop=[188, 188]", "train.lr=0.01"]
-    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe="unet_paper", steps=2, settings=settings)
-    assert outcome.recipe.train.border_weights
-    assert outcome.recipe.train.augment.elastic_sigma == 10
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options", "crop"),
-    [
-        ("deeplab_v1_paper", "{width: 4, multi_scale: true}", 33),
-        ("deeplab_v2_vgg16_paper", "{width: 4}", 33),
-        ("deeplab_v2_resnet101_paper", "{width: 2, depth: 50}", 33),
-        ("deeplab_v3_paper", "{width: 2, depth: 50}", 33),
-    ],
-)
-def test_each_published_deeplab_recipe_trains_narrow(sample_set, tmp_path, recipe, options, crop):
-    settings = [
-        f"model.options={options}",
-        "model.encoder_weights=null",
-        f"train.crop=[{crop}, {crop}]",
-        "train.batch=2",
-        "train.validations=1",
-    ]
-    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=recipe, steps=2, settings=settings)
-    assert outcome.step == 2
-    assert outcome.recipe.train.momentum == 0.9
-
-
 def test_training_from_python_says_nothing_that_was_not_asked_for(sample_set, tmp_path, tiny_settings, capfd):
     settings = [*tiny_settings, "train.precision=bf16-mixed", "train.validations=1"]
     train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=settings)

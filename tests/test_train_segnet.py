@@ -14,7 +14,6 @@ from perpixel.recipe import Recipe, read_settings
 from perpixel.run import Run, _class_weights
 from perpixel.train import train
 
-RECIPES = ["segnet_paper", "segnet_basic_paper", "bayesian_segnet_paper", "bayesian_segnet_basic_paper"]
 NARROW = ("model.options.width=2", "model.encoder_weights=null", "train.crop=[64, 96]", "train.batch=4", "train.precision=32-true")
 
 
@@ -83,24 +82,6 @@ def test_without_images_the_statistics_stay():
     with pytest.raises(ValueError, match="no images"):
         measure_batch_norm(network, [])
     assert (network[0].running_mean == 3).all()
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_published_recipe_trains_narrow(sample_set, tmp_path, recipe):
-    settings = [*NARROW, "train.validations=1"]
-    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=recipe, steps=3, settings=settings)
-    section = outcome.recipe.train
-    assert (section.optimizer, section.momentum, section.weight_decay, section.schedule) == ("sgd", 0.9, 5e-4, "constant")
-    assert section.lr == (0.1 if "basic" in recipe else 1e-3)
-    assert outcome.step == 3
-    load_bundle(tmp_path / "best.safetensors")
-
-
-def test_unet_as_released_trains_narrow(sample_set, tmp_path):
-    settings = ["model.options={width: 2}", "train.crop=[188, 188]", "train.lr=0.01", "train.validations=1"]
-    assert (
-        train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe="unet_release_paper", steps=2, settings=settings).step == 2
-    )
 
 
 @pytest.mark.parametrize("average", ["null", "0.9"])

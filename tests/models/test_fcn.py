@@ -126,24 +126,6 @@ def test_weights_of_another_network_are_no_googlenet():
         GoogLeNetPath().load_classifier({})
 
 
-SMALL = {
-    "fcn32s_paper": "{width: 1}",
-    "fcn16s_paper": "{width: 1, learn_upsampling: true}",
-    "fcn8s_paper": "{width: 1}",
-    "fcn8s_atonce_paper": "{width: 1}",
-    "fcn32s_alexnet_paper": "{width: 6}",
-    "fcn_googlenet_paper": "{width: 4}",
-}
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_the_published_recipe_trains_narrow(sample_set, tmp_path, name):
-    settings = [f"model.options={SMALL[name]}", "model.encoder_weights=null", "train.crop=[64, 64]", "train.batch=1", "train.validations=1"]
-    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=name, steps=3, settings=settings)
-    assert outcome.step == 3
-    assert outcome.recipe.train.loss_reduction == ("sum" if "s_paper" in name or "atonce" in name else "mean")
-
-
 def test_stages_follow_one_another_from_bundle_to_bundle(sample_set, tmp_path):
     start = None
     for name in ("fcn32s_paper", "fcn16s_paper", "fcn8s_paper"):
@@ -152,11 +134,3 @@ def test_stages_follow_one_another_from_bundle_to_bundle(sample_set, tmp_path):
         train(sample_set / "images", sample_set / "masks", out=tmp_path / name, recipe=name, steps=1, settings=settings)
         start = tmp_path / name / "last.safetensors"
     assert start.exists()
-
-
-@pytest.mark.parametrize("name", ["fcn", "fcn_resnet"])
-def test_a_plan_gives_the_model_only_options_that_it_has(sample_set, tmp_path, name):
-    options = "{depth: 18}" if name == "fcn_resnet" else "{}"
-    settings = [f"model.name={name}", "model.encoder_weights=null", f"model.options={options}", "train.crop=[64, 64]", "train.batch=1"]
-    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=[*settings, "train.validations=1"])
-    assert outcome.step == 1
