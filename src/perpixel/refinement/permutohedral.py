@@ -98,8 +98,9 @@ class GaussianFilter:
     """Multiplies by a matrix close to exp(-|f_i - f_j|^2 / 2), pixel with itself included, normalised in one of four ways.
 
     With n_i, the sum of row i of the matrix K, and D = diag(n): "before" is K D^-1, "after" D^-1 K (rows add up to 1), "symmetric"
-    D^-1/2 K D^-1/2, and "none" K divided by the mean of n over an image, so that weights mean the same at any bandwidth. These are the
-    four of pydensecrf. The lattice is an approximation, within a few per cent of a row's largest value where pixels are dense.
+    D^-1/2 K D^-1/2, and "none" K as it is, whose messages grow with the number of like pixels. These are the four of pydensecrf
+    (which works out one factor for "none" and does not use it). The lattice is an approximation: where pixels lie densely, within some
+    per cent of the largest value.
 
     Args:
         features: (N, P, d) as for `PermutohedralLattice`.
@@ -114,8 +115,6 @@ class GaussianFilter:
         slice_ = lattice.weights / (1 + 2.0**-dimensions)
         total = _Filter.apply(features.new_ones(images * pixels, 1), splat, slice_, lattice, lattice.sorted(splat.detach()))
         total = total + 1e-20  # a row's sum contains its own pixel and cannot vanish but by rounding
-        if normalisation == "none":
-            slice_ = slice_ / total.view(images, pixels).mean(1).repeat_interleave(pixels)[:, None]
         if normalisation in ("before", "symmetric"):
             splat = splat / (total if normalisation == "before" else total.sqrt())
         if normalisation in ("after", "symmetric"):
