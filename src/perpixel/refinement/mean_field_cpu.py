@@ -26,7 +26,7 @@ class GaussianKernel:
         features: (P, d) float32 per pixel, already divided by the bandwidths; the kernel is exp(-|f_i - f_j|^2 / 2).
         transform: scalar, (K,) diagonal or (K, K): the energy of the labels grows by transform @ (normalised filter of Q).
             Potts of weight w is the scalar -w.
-        normalization: with n = K 1, the filter of ones: "none" divides by the mean of n, "before" filters Q / n, "after" divides the
+        normalization: with n = K 1, the filter of ones: "none" takes the filter as it is, "before" filters Q / n, "after" divides the
             filtered Q by n, "symmetric" does both with the root of n.
     """
 
@@ -59,6 +59,11 @@ class MeanField:
     def q(self) -> Array:
         """(K, P) marginals."""
         return np.exp(self._log_q)
+
+    @q.setter
+    def q(self, marginals: Array) -> None:
+        """Go on from these marginals."""
+        self._log_q = np.log(np.maximum(marginals, np.finfo(np.float32).tiny))
 
     def start(self) -> None:
         """Back to the softmax of the negative unary energies."""
@@ -148,7 +153,7 @@ class _Filter:
         ones = np.ones((1, len(kernel.features)), np.float32)
         n = _filter(ones, self.lattices)
         how = kernel.normalization
-        self.before = {"none": 1 / n.mean(), "before": 1 / n, "after": 1, "symmetric": n**-0.5}[how]
+        self.before = {"none": 1, "before": 1 / n, "after": 1, "symmetric": n**-0.5}[how]
         self.after = {"none": 1, "before": 1, "after": 1 / n, "symmetric": n**-0.5}[how]
 
     def __call__(self, values: Array) -> Array:
