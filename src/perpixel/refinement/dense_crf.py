@@ -197,7 +197,7 @@ class DenseCRF(nn.Module):
                 mean_field_cpu.GaussianKernel(
                     kernel.features_of(*one)[0].detach().numpy(),
                     self._transform(kernel, logits).detach().cpu().numpy(),
-                    self.normalisation,
+                    self.normalisation,  # type: ignore[arg-type]
                 )
                 for kernel in self._kernels()
             ]

@@ -63,8 +63,12 @@ def lattices(features: Sequence[NDArray[np.float32]], threads: int) -> Lattices:
 
 
 def scales(d: int) -> NDArray[np.float32]:
-    """What each feature is multiplied by before it is lifted to d + 1 dimensions, so that the blur has standard deviation 1."""
-    return np.array([math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)], np.float32)
+    """What each feature is multiplied by before it is lifted to d + 1 dimensions, so that the blur has standard deviation 1.
+
+    Rounded twice, as pydensecrf does: on a regular grid of points the last bit decides into which simplex many of them fall.
+    """
+    spread = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    return np.array([1 / math.sqrt((i + 1) * (i + 2)) * spread for i in range(d)], np.float32)
 
 
 def _packing(features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
