@@ -130,7 +130,7 @@ def test_kl_divergence_falls():
     logits, image, _ = two_halves()
     kl = DenseCRF(engine="torch").kl_divergence(logits, image)[0]
     assert len(kl) == 11
-    assert (kl.diff() < 1e-3).all()
+    assert (kl.diff() < 1e-5 * kl[0].abs()).all()  # "after" is not quite symmetric, and what is minimised not quite this
     assert kl[-1] < kl[0] - 10
 
 
@@ -211,7 +211,7 @@ def test_half_precision_and_autocast_compute_in_float32():
 
 def test_an_image_that_has_converged_is_left_alone_whatever_others_in_the_batch_do():
     logits, image, _ = two_halves(12)
-    logits = torch.cat([logits, 0.1 * logits])
+    logits = torch.cat([logits, 0.01 * logits])
     image = image.expand(2, -1, -1, -1)
     crf = DenseCRF(iterations=200, tolerance=1e-3, engine="torch")
     alone = torch.cat([crf(logits[i : i + 1], image[:1]) for i in range(2)])
