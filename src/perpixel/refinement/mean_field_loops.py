@@ -95,7 +95,7 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
 
 
 @njit(cache=True, nogil=True)
-def mix_labels(number, team, opened, width, chunks, table, starts, k, matrix, scratch):  # type: ignore[no-untyped-def]
+def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch):  # type: ignore[no-untyped-def]
     """Multiply kernel k's rows of the blurred table by a matrix of labels, (channels, width): slicing is linear, and vertices are fewer."""
     lanes = len(width)
     size = chunks * lanes
@@ -208,27 +208,21 @@ def infer(  # type: ignore[no-untyped-def]
     """
     first, last = share(0, len(rows), number, team)
     own, blurred, block = tables[number], tables[len(tables) - 1], blocks[number]
-    all_damping = np.float32(1)
-    step = 2 if coarse > 0 else 1
-    update(
-        width, chunks, channels, begin, rows, splat, slices, blurred, own, block, kept,
-        out, False, iterations == 0, all_damping, first, last, step,
-    )  # fmt: skip
     done = False
-    for iteration in range(iterations):
-        blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, 0, len(starts) - 1)
-        for k in range(len(starts) - 1):
-            if mixed[k]:
-                mix_labels(number, team, opened, width, chunks, blurred, starts, k, matrices[k], block)
-        wait(opened, team)
-        if tolerance > 0 and iteration > 0:
+    for turn in range(iterations + 1):  # turn 0 is the softmax of `begin`
+        if turn > 0:
+            blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, 0, len(starts) - 1)
+            for k in range(len(starts) - 1):
+                if mixed[k]:
+                    mix_labels(number, team, width, chunks, blurred, starts, k, matrices[k], block)
+            wait(opened, team)
+            own[:] = 0
+        if tolerance > 0 and turn > 1:
             done = changes[:team].max() < tolerance
-        final = done or iteration == iterations - 1
-        own[:] = 0
-        step = 2 if iteration + 1 < coarse else 1
+        final = done or turn == iterations
         changes[number] = update(
-            width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept,
-            out, True, final, damping, first, last, step,
+            width, chunks, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
+            turn > 0, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
         )  # fmt: skip
         if final:
             break
