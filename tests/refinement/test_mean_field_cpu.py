@@ -39,7 +39,7 @@ def matrix_of(kernel):
     return np.concatenate([filtered(part, kernel, threads=1) for part in parts]).T.astype(np.float64)
 
 
-def slow_mean_field(unary, kernels, iterations, damping=1.0, tolerance=0.0):
+def slow_mean_field(unary, kernels, iterations, damping=1.0):
     unary = unary.astype(np.float64)
     matrices = [matrix_of(kernel) for kernel in kernels]
     q = softmax(-unary)
@@ -240,7 +240,7 @@ def test_threads_and_python_threads_side_by_side_agree():
 
 
 def test_input_need_not_be_contiguous_and_is_left_alone():
-    appearance, place = pixels()
+    appearance, _ = pixels()
     unary = energies(4, 30)
     kept = unary.copy(), appearance.copy()
     wide = np.asfortranarray(appearance)

@@ -73,7 +73,7 @@ class _Terms:
         self.kernels = kernels
         self.lattices = lattices([np.ascontiguousarray(kernel.features, np.float32) for kernel in kernels], threads)
         strengths = [_strength(kernel.transform, labels) for kernel in kernels]
-        both = all(kernel.normalization in ("none", "symmetric") and (s is None or s >= 0) for kernel, s in zip(kernels, strengths, strict=True))
+        both = all(kernel.normalization in ("none", "symmetric") for kernel in kernels) and all(s is None or s >= 0 for s in strengths)
         # One array of weights for splatting and slicing alike, where the two are the same, saves a quarter of the memory traffic.
         self.splat = self.slice = self.lattices.weights
         factors = [self._factors(k, 1.0 if s is None else s) for k, s in enumerate(strengths)]
@@ -149,9 +149,7 @@ class MeanField:
     def _to_rows(self, energies: Array) -> Array:
         """Scores relative to the last label, (P, width)."""
         rows = np.empty((self.pixels, self._rows.width), np.float32)
-        in_team(
-            lambda number, team: to_rows(energies, rows, self.labels - 1, *share(0, self.pixels, number, team)), self._threads
-        )
+        in_team(lambda number, team: to_rows(energies, rows, self.labels - 1, *share(0, self.pixels, number, team)), self._threads)
         return rows
 
     def _add_constants(self) -> None:
@@ -214,7 +212,7 @@ class MeanField:
                 self._log_q = np.log(np.maximum((1 - left) * self.q + left * old, np.float32(1e-30)))
             return
         begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
-        rows, found = self._rows, self._terms.lattices
+        rows = self._rows
         tables, opened = self._terms._tables(rows), gate()
         blocks = np.zeros((self._threads, 2 * BLOCK * (rows.width + 1)), np.float32)
         keeps = damping != 1 or tolerance > 0

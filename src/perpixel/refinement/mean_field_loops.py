@@ -21,7 +21,7 @@ _SIXTEEN = (None,) * BLOCK
 @njit(cache=True, nogil=True)
 def to_rows(energies, rows, channels, first, last):  # type: ignore[no-untyped-def]
     """Scores relative to the last label, (P, width), from energies (K, P)."""
-    labels, size = energies.shape
+    labels = len(energies)
     for p in range(first, last):
         for c in range(channels, rows.shape[1]):
             rows[p, c] = 0
@@ -112,7 +112,9 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
 
 
 @njit(cache=True, nogil=True)
-def update(width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step):  # type: ignore[no-untyped-def]
+def update(
+    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step
+):  # type: ignore[no-untyped-def]
     """One update of every `step`-th pixel of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
