@@ -9,12 +9,13 @@ Source: Adams, Baek & Davis 2010, "Fast high-dimensional filtering using the per
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from perpixel.refinement.team import bands, together
+from perpixel.refinement.team import in_team, share
 
 # Lattice coordinates are exact integers in float32 up to 2**24; the margin leaves room for vertices around the last pixel.
 FARTHEST = 2.0**22
@@ -63,12 +64,9 @@ def lattices(features: Sequence[NDArray[np.float32]], threads: int) -> Lattices:
 
 
 def scales(d: int) -> NDArray[np.float32]:
-    """What each feature is multiplied by before it is lifted to d + 1 dimensions, so that the blur has standard deviation 1.
-
-    Rounded twice, as pydensecrf does: on a regular grid of points the last bit decides into which simplex many of them fall.
-    """
-    spread = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
-    return np.array([1 / math.sqrt((i + 1) * (i + 2)) * spread for i in range(d)], np.float32)
+    """What each feature is multiplied by before it is lifted to d + 1 dimensions, so that the blur has standard deviation 1."""
+    deviation = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    return np.array([deviation / math.sqrt((i + 1) * (i + 2)) for i in range(d)], np.float32)
 
 
 def _packing(features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -106,24 +104,26 @@ def _one_lattice(
     """Fill the kernel's columns of `rows` and `weights`; the neighbours (d + 1, vertices, 2) of its vertices."""
     d = features.shape[1]
     lows, strides = _packing(features)
-    parts = bands(len(features), threads)
-    found = together(
-        [
-            lambda first=first, last=last, one=start if number == 0 else 0: _place(
-                features, first, last, scales(d), lows, strides, rows, weights, column, one
-            )
-            for number, (first, last) in enumerate(parts)
-        ]
-    )
-    slots, keys, count = found[0]
-    renamed = []
-    for _, others, size in found[1:]:
-        slots, keys, count, names = _absorb(slots, keys, count, others[:size], start)
-        renamed.append(names)
-    together([lambda a=a, b=b, names=names: _rename(rows, a, b, column, d + 1, names) for (a, b), names in zip(parts[1:], renamed, strict=True)])
+    pixels = len(features)
+
+    def place(number: int, team: int) -> tuple[Any, ...]:
+        own = start if number == 0 else 0  # the first thread's table becomes the common one, so its numbers are final
+        return _place(features, *share(0, pixels, number, team), scales(d), lows, strides, rows, weights, column, own)  # type: ignore[no-any-return]
+
+    (slots, keys, count), *others = in_team(place, min(threads, pixels))
+    names = [np.empty(0, np.int32)]
+    for _, more, size in others:
+        slots, keys, count, new = _absorb(slots, keys, count, more[:size], start)
+        names.append(new)
     neighbours = np.empty((d + 1, count, 2), np.int32)
     steps = (d + 1) * np.hstack([strides, np.zeros((len(strides), 1), np.int64)]) - strides.sum(1, keepdims=True)
-    together([lambda a=a, b=b: _neighbours(slots, keys, steps, start, neighbours, a, b) for a, b in bands(count, threads)])
+
+    def finish(number: int, team: int) -> None:
+        for part in range(1 + number, len(names), team):
+            _rename(rows, *share(0, pixels, part, len(names)), column, d + 1, names[part])
+        _neighbours(slots, keys, steps, start, neighbours, *share(0, count, number, team))
+
+    in_team(finish, len(names))
     return neighbours
 
 

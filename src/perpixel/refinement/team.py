@@ -4,35 +4,105 @@ numba's own parallel loops are not used: their thread pools abort the process wh
 after a fork (OpenMP), and both happen beside PyTorch.
 """
 
+import ctypes
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
-T = TypeVar("T")
+import numpy as np
+from llvmlite import binding
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+# Gives the processor to whoever waits for it; compiled code, also from the cache, finds it by this name.
+_YIELD = ctypes.windll.kernel32.SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+binding.add_symbol("perpixel_yield", ctypes.cast(_YIELD, ctypes.c_void_p).value)
+_give_way = types.ExternalFunction("perpixel_yield", types.int32())
 
 
 def team_size(threads: int | None) -> int:
-    """How many threads to use: as asked, else as many as processors are ours and numba's setting allows, at most 16."""
+    """How many threads to use: as asked, else as many as processors are ours and NUMBA_NUM_THREADS allows, at most 16."""
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}; give a number of at least 1, or None for all processors")
         return threads
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("NUMBA_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    asked = os.environ.get("NUMBA_NUM_THREADS", "")
     return max(1, min(available, int(asked) if asked.isdigit() else available, 16))
 
 
-def bands(size: int, threads: int) -> list[tuple[int, int]]:
-    """`size` things in at most `threads` runs of about equal length: (first, one past the last) of each, none empty."""
-    count = max(1, min(threads, size))
-    return [(size * i // count, size * (i + 1) // count) for i in range(count)]
+def in_team(work: Callable[[int, int], object], size: int) -> list[Any]:
+    """work(number, team) in `size` threads, this one included, that run at the same time; their results by number.
+
+    All have started before the first begins, so that they can wait for one another. Where the system starts no more threads the team is
+    smaller than asked.
+    """
+    begin = threading.Event()
+    results: list[Any] = [None] * size
+    failures: list[BaseException] = []
+
+    def member(number: int) -> None:
+        begin.wait()
+        try:
+            results[number] = work(number, len(others) + 1)
+        except BaseException as failure:
+            failures.append(failure)
+
+    others: list[threading.Thread] = []
+    for number in range(1, size):
+        thread = threading.Thread(target=member, args=(number,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            break
+        others.append(thread)
+    begin.set()
+    member(0)
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results[: len(others) + 1]
 
 
-def together(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of all calls, the first made in this thread and the others each in one of its own; an exception is raised here."""
-    if len(calls) < 2:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(len(calls) - 1) as pool:
-        others = [pool.submit(call) for call in calls[1:]]
-        return [calls[0](), *(other.result() for other in others)]
+def gate() -> NDArray[np.int64]:
+    """What `wait` counts in: arrivals, and how often the gate has opened, on cache lines of their own."""
+    return np.zeros(24, np.int64)
+
+
+@intrinsic
+def _added(typing: Any, array: Any, index: Any, amount: Any) -> Any:
+    """Add to an int64 that threads share; its value before. Adding 0 reads it."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.gep(context.make_array(array)(context, builder, values[0]).data, [values[1]])
+        return builder.atomic_rmw("add", place, values[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), code
+
+
+@njit(cache=True, nogil=True)
+def share(first, last, number, team):  # type: ignore[no-untyped-def]
+    """The part of first..last that falls to a member of the team."""
+    size = last - first
+    return first + size * number // team, first + size * (number + 1) // team
+
+
+@njit(cache=True, nogil=True)
+def wait(opened, team):  # type: ignore[no-untyped-def]
+    """Return when all of the team have come here."""
+    if team == 1:
+        return
+    before = _added(opened, 16, 0)
+    if _added(opened, 0, 1) == team - 1:
+        _added(opened, 0, -team)
+        _added(opened, 16, 1)
+        return
+    turns = 0
+    while _added(opened, 16, 0) == before:
+        turns += 1
+        if turns > 1000:  # some microseconds: whoever is late may need this very processor
+            _give_way()

@@ -167,7 +167,7 @@ class DenseCRF:
 
     def _energy_of(self, compat: float | ArrayLike) -> Array:
         if isinstance(compat, Number):
-            return np.asarray(-np.float32(compat))  # type: ignore[arg-type]
+            return np.asarray(-np.float32(compat))
         energy = np.asarray(compat, np.float32)
         if energy.shape not in ((self._nlabel,), (self._nlabel, self._nlabel)):
             raise ValueError(f"compat has shape {energy.shape}; give a number, ({self._nlabel},) or ({self._nlabel}, {self._nlabel})")
@@ -189,7 +189,7 @@ class DenseCRF:
             raise ValueError(f"Q is {np.shape(q)}; give the {(self._nlabel, self._nvar)} array that startInference returned")
         field = self._field()
         if self._stepped is None or not np.array_equal(q, self._stepped):
-            field.q = q
+            field.start(q)
         return field
 
 
