@@ -228,7 +228,7 @@ def test_damping_ends_at_the_same_marginals():
 
 
 def test_options_are_plain_and_build_the_same_refiner():
-    crf = DenseCRF([{**SMOOTH, "weight": [1, 2, 3]}, LIKE], "symmetric", [[0, 1, 2], [1, 0, 1], [2, 1, 0]], 7, 5, 0.9, 1e-4, "torch", True)
+    crf = DenseCRF([{**SMOOTH, "weight": [1, 2, 3]}, LIKE], "symmetric", [[0, 1, 2], [1, 0, 1], [2, 1, 0]], 7, 5, 0.9, 1e-4, "torch")
     again = DenseCRF(**json.loads(json.dumps(crf.options())))
     logits, image = random(1, 3, 5, 5), picture(1, 3, 5, 5)
     assert again.options() == crf.options()
@@ -252,6 +252,7 @@ def test_options_are_plain_and_build_the_same_refiner():
         ({"damping": 0}, r"\(0, 1\]"),
         ({"tolerance": -1}, "0 or more"),
         ({"engine": "gpu"}, "known: auto"),
+        ({"fast": True, "damping": 0.5}, "without damping"),
         ({"trainable": ["compatibility"]}, "to start from"),
         ({"trainable": ["everything"]}, "known: weights"),
     ],
@@ -280,6 +281,8 @@ def test_scores_and_images_that_do_not_fit_or_are_not_finite_are_refused():
             DenseCRF()(torch.full((1, 2, 3, 3), bad), torch.zeros(1, 3, 3, 3))
     with pytest.raises(ValueError, match=r"4x4.*3x3"):
         DenseCRF()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"features, which.*2x2"):
+        DenseCRF()(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, 3), torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="without gradients"):
         DenseCRF(engine="cpu")(torch.zeros(1, 2, 3, 3, requires_grad=True), torch.zeros(1, 3, 3, 3))
 

@@ -36,6 +36,7 @@ class DenseCRF(nn.Module):
 
     Gradients reach the logits, the extra features, and what `trainable` names. Those of bandwidths and features are of the lattice's
     weights, with the simplex of each pixel held fixed; they are exact for what is computed, and jump where a pixel changes its simplex.
+    Training keeps two (H * W, K) arrays per kernel and iteration.
 
     Args:
         kernels: one mapping per kernel. `"xy"`: bandwidth in pixels, a number or [x, y]; `"colour"`: on the image's own scale (0..255 where
@@ -50,7 +51,8 @@ class DenseCRF(nn.Module):
         tolerance: stop when no marginal of an image moved by as much; 0 never stops early.
         engine: "cpu" is the fast one, for inference in float32 without gradients; "torch" runs on any device, with gradients, in float64
             too; "auto" takes the first where it can. They agree to 1e-4.
-        fast: allow the CPU engine to work on every second pixel in early iterations; a few labels in 10,000 change.
+        fast: the CPU engine works on every second pixel in early iterations, and a few labels in 10,000 change; the torch engine has no
+            such mode and gives the exact result. Not together with damping or tolerance.
         trainable: names from "weights", "compatibility", "bandwidths": these become parameters; the others are buffers.
 
     Raises:
@@ -84,6 +86,8 @@ class DenseCRF(nn.Module):
             raise ValueError(f"damping={damping}; it lies in (0, 1], where 1 takes every update in full")
         if not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance}; it is a change of probability, 0 or more")
+        if fast and (damping != 1 or tolerance > 0):
+            raise ValueError("fast skips pixels in early iterations, so their changes say nothing; use it without damping and tolerance")
         if compatibility is None and "compatibility" in trainable:
             raise ValueError("compatibility is to be trained and is None; give its (K, K) costs to start from, such as 1 - torch.eye(K)")
         self.normalisation, self.iterations, self.training_iterations = normalisation, int(iterations), training_iterations
@@ -121,9 +125,10 @@ class DenseCRF(nn.Module):
         They lack the constant log Z (which nobody can compute), so that only differences mean anything. Arguments as in a call. They
         fall as a rule; where they rise, as updating all pixels at once may make them, a `damping` below 1 helps.
         """
-        logits, image, features = self._checked(logits, image, features)
-        steps, unary, pairwise = self._steps(logits, image, features)
-        return torch.stack([free_energy(log_q, unary, pairwise, logits.shape[0]) for log_q in steps], 1)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits, image, features = self._checked(logits, image, features)
+            steps, unary, pairwise = self._steps(logits, image, features)
+            return torch.stack([free_energy(log_q, unary, pairwise, logits.shape[0]) for log_q in steps], 1)
 
     def options(self) -> dict[str, Any]:
         """The arguments that build this module again, in plain types; what is trained keeps its present values."""
@@ -155,7 +160,10 @@ class DenseCRF(nn.Module):
             if kernel.weight.ndim and len(kernel.weight) != classes:
                 raise ValueError(f"a kernel has {len(kernel.weight)} weights and the scores {classes} classes")
         if features is not None:
-            features = checked(logits, features)[1]
+            try:
+                features = checked(logits, features)[1]
+            except ValueError as error:
+                raise ValueError(f"features, which follow the rules for images: {error}") from None
         return logits, image, features
 
     def _engine(self, logits: Tensor, image: Tensor, features: Tensor | None) -> str:
@@ -312,7 +320,8 @@ def _costs(value: Sequence[Any] | Tensor) -> Tensor:
     costs = _numbers("compatibility", value, 2)
     if costs.ndim == 0 or (costs.ndim == 2 and (costs.shape[0] != costs.shape[1] or costs.diagonal().any() or (costs < 0).any())):
         raise ValueError(
-            f"compatibility: {costs.tolist()}; it is None, K rewards of like labels, or K x K costs, none negative, with a zero diagonal"
+            f"compatibility of shape {tuple(costs.shape)}, from {costs.min():g} to {costs.max():g}; it is None, K rewards of like labels, "
+            "or K x K costs, none negative, with a zero diagonal"
         )
     return costs
 
