@@ -1,0 +1,230 @@
+"""The compiled loops of mean-field inference: one pass over the pixels for each update.
+
+A pixel's scores are rows of float32, `chunks` vectors of equally many lanes. Scores are relative to those of the last label, and so are
+probabilities: Q_c - Q_last. The last label needs no channel then, and unused lanes stay 0, as those of a label that is always as likely as
+the last. For a block of pixels at a time the update gathers the messages from the lattices (slice), adds the unary, takes the softmax and
+adds the outcome to the lattices (splat), so that neither scores nor probabilities go through memory.
+
+Each thread owns a band of pixels and a table to splat into. The tables are added up, and the sum is blurred, by all threads together.
+"""
+
+import numpy as np
+from numba import njit
+
+from perpixel.refinement.team import share, wait
+from perpixel.refinement.vectors import add_scaled, farther, filled, largest, load, plus, power, store, total
+
+BLOCK = 16  # pixels whose scores lie side by side, so that exp works on full vectors whatever the number of labels
+_SIXTEEN = (None,) * BLOCK
+
+
+@njit(cache=True, nogil=True)
+def to_rows(energies, rows, channels, first, last):  # type: ignore[no-untyped-def]
+    """Scores relative to the last label, (P, width), from energies (K, P)."""
+    labels = len(energies)
+    for p in range(first, last):
+        for c in range(channels, rows.shape[1]):
+            rows[p, c] = 0
+    far = np.float32(1e30)  # so that differences of the largest finite numbers stay finite
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        for c in range(channels):
+            for p in range(start, stop):
+                rows[p, c] = min(max(energies[labels - 1, p] - energies[c, p], -far), far)
+
+
+@njit(cache=True, nogil=True)
+def blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k_first, k_last):  # type: ignore[no-untyped-def]
+    """Add up the tables of the team, and blur the sum along every axis; it ends in the last table."""
+    lanes = len(width)
+    size = chunks * lanes
+    blurred = tables[len(tables) - 1]
+    axes = 0
+    wait(opened, team)
+    for k in range(k_first, k_last):
+        own = columns[k + 1] - columns[k]
+        axes = max(axes, own)
+        # Each pass goes from one of two tables to the other; the last must end in `blurred`, which an even number also starts from.
+        to = blurred if own % 2 == 0 else tables[0]
+        first, last = share(starts[k], starts[k + 1], number, team)
+        for i in range(first * size, last * size, lanes):
+            vector = load(tables[0], i, width)
+            for t in range(1, team):
+                vector = plus(vector, load(tables[t], i, width))
+            store(to, i, vector)
+    wait(opened, team)
+    half = np.float32(0.5)
+    for axis in range(axes):
+        for k in range(k_first, k_last):
+            left = columns[k + 1] - columns[k] - axis
+            if left < 1:
+                continue
+            old, new = (tables[0], blurred) if left % 2 else (blurred, tables[0])
+            first, last = share(starts[k], starts[k + 1], number, team)
+            for r in range(first, last):
+                one = neighbours[axis, r, 0] * size
+                two = neighbours[axis, r, 1] * size
+                for i in range(0, size, lanes):
+                    sides = plus(load(old, one + i, width), load(old, two + i, width))
+                    store(new, r * size + i, add_scaled(load(old, r * size + i, width), half, sides))
+        wait(opened, team)
+
+
+@njit(cache=True, nogil=True)
+def pass_through(number, team, opened, width, chunks, values, out, rows, splat, slices, neighbours, columns, starts, tables, k):  # type: ignore[no-untyped-def]
+    """One kernel's filter of rows: splat, blur, slice."""
+    lanes = len(width)
+    size = chunks * lanes
+    flat, result = values.reshape(values.size), out.reshape(out.size)
+    first, last = share(0, len(rows), number, team)
+    own = tables[number]
+    for p in range(first, last):
+        for i in range(0, size, lanes):
+            vector = load(flat, p * size + i, width)
+            for j in range(columns[k], columns[k + 1]):
+                place = rows[p, j] * size + i
+                store(own, place, add_scaled(load(own, place, width), splat[p, j], vector))
+    blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k, k + 1)
+    blurred = tables[len(tables) - 1]
+    for p in range(first, last):
+        for i in range(0, size, lanes):
+            vector = filled(np.float32(0), width)
+            for j in range(columns[k], columns[k + 1]):
+                vector = add_scaled(vector, slices[p, j], load(blurred, rows[p, j] * size + i, width))
+            store(result, p * size + i, vector)
+
+
+@njit(cache=True, nogil=True)
+def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch):  # type: ignore[no-untyped-def]
+    """Multiply kernel k's rows of the blurred table by a matrix of labels, (channels, width): slicing is linear, and vertices are fewer."""
+    lanes = len(width)
+    size = chunks * lanes
+    flat = matrix.reshape(matrix.size)
+    first, last = share(starts[k], starts[k + 1], number, team)
+    for r in range(first, last):
+        for i in range(size):
+            scratch[i] = table[r * size + i]
+        for i in range(0, size, lanes):
+            vector = filled(np.float32(0), width)
+            for c in range(len(matrix)):
+                vector = add_scaled(vector, scratch[c], load(flat, c * size + i, width))
+            store(table, r * size + i, vector)
+
+
+@njit(cache=True, nogil=True)
+def update(
+    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step
+):  # type: ignore[no-untyped-def]
+    """One update of every `step`-th pixel of a band; the largest change of a probability where `kept` has the old ones.
+
+    Args:
+        unary: (P * width,) scores before messages.
+        blurred: the table to slice, unless `messages` is False.
+        own: the table to splat into.
+        block: scratch.
+        kept: (P, 1 + width) probabilities of the last label and of the others, where damping or convergence needs them, else empty.
+        out: (K, P) log-probabilities, written instead of splatting where `final`.
+    """
+    lanes = len(width)
+    size = chunks * lanes
+    terms = rows.shape[1]
+    spare = np.float32(1 - (size - channels))
+    scores = block[: BLOCK * (size + 1)]
+    powers = block[BLOCK * (size + 1) :]
+    keeps = len(kept) > 0
+    old = kept.reshape(kept.size)
+    change = filled(np.float32(0), width)
+    for start in range(first, last, BLOCK * step):
+        count = min(BLOCK, (last - start + step - 1) // step)
+        for n in range(count):
+            p = start + n * step
+            peak = np.float32(0)  # the last label's score
+            for i in range(0, size, lanes):
+                score = load(unary, p * size + i, width)
+                if messages:
+                    for j in range(terms):
+                        score = add_scaled(score, slices[p, j], load(blurred, rows[p, j] * size + i, width))
+                peak = max(peak, largest(score))
+                store(scores, n * size + i, score)
+            low = filled(-peak, width)
+            for i in range(n * size, (n + 1) * size, lanes):
+                store(scores, i, plus(load(scores, i, width), low))
+            scores[BLOCK * size + n] = -peak
+        for i in range(0, BLOCK * (size + 1), BLOCK):
+            store(powers, i, power(load(scores, i, _SIXTEEN)))
+        for n in range(count):
+            p = start + n * step
+            least = powers[BLOCK * size + n]
+            whole = spare * least  # unused lanes are as large as the last label's, and counted by `total`
+            for i in range(n * size, (n + 1) * size, lanes):
+                whole += total(load(powers, i, width))
+            inverse = np.float32(1) / whole
+            if final:
+                _write(out, p, scores, n, size, channels, whole, old, damping)
+                continue
+            if keeps:
+                least *= inverse
+                if damping < 1:
+                    least = damping * least + (np.float32(1) - damping) * old[p * (size + 1)]
+                old[p * (size + 1)] = least
+                for i in range(0, size, lanes):
+                    at = p * (size + 1) + 1 + i
+                    before = load(old, at, width)
+                    new = add_scaled(filled(np.float32(0), width), inverse, load(powers, n * size + i, width))
+                    if damping < 1:
+                        new = add_scaled(add_scaled(filled(np.float32(0), width), damping, new), np.float32(1) - damping, before)
+                    change = farther(change, new, before)
+                    store(old, at, new)
+                    store(powers, n * size + i, new)
+                inverse = np.float32(1)
+            low = filled(-least * inverse * np.float32(step), width)
+            for i in range(0, size, lanes):
+                q = add_scaled(low, inverse * np.float32(step), load(powers, n * size + i, width))
+                for j in range(terms):
+                    place = rows[p, j] * size + i
+                    store(own, place, add_scaled(load(own, place, width), splat[p, j], q))
+    return largest(change)
+
+
+@njit(cache=True, nogil=True)
+def _write(out, p, scores, n, size, channels, whole, old, damping):  # type: ignore[no-untyped-def]
+    """Log-probabilities of one pixel."""
+    log = np.log(whole)
+    for c in range(channels):
+        out[c, p] = scores[n * size + c] - log
+    out[channels, p] = scores[BLOCK * size + n] - log
+    if damping < 1:
+        for c in range(channels + 1):
+            before = old[p * (size + 1) + (1 + c if c < channels else 0)]
+            out[c, p] = np.log(max(damping * np.exp(out[c, p]) + (1 - damping) * before, np.float32(1e-30)))
+
+
+@njit(cache=True, nogil=True)
+def infer(  # type: ignore[no-untyped-def]
+    number, team, opened, width, chunks, channels, unary, begin, rows, splat, slices, neighbours, columns, starts,
+    tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse,
+):  # fmt: skip
+    """One thread's part of mean field from the softmax of `begin`; writes the log-probabilities of the last update to `out`.
+
+    `coarse` early updates are of every second pixel. With a tolerance, an update that changes no probability by more is the last but one.
+    """
+    first, last = share(0, len(rows), number, team)
+    own, blurred, block = tables[number], tables[len(tables) - 1], blocks[number]
+    done = False
+    for turn in range(iterations + 1):  # turn 0 is the softmax of `begin`
+        if turn > 0:
+            blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, 0, len(starts) - 1)
+            for k in range(len(starts) - 1):
+                if mixed[k]:
+                    mix_labels(number, team, width, chunks, blurred, starts, k, matrices[k], block)
+            wait(opened, team)
+            own[:] = 0
+        if tolerance > 0 and turn > 1:
+            done = changes[:team].max() < tolerance
+        final = done or turn == iterations
+        changes[number] = update(
+            width, chunks, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
+            turn > 0, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
+        )  # fmt: skip
+        if final:
+            break

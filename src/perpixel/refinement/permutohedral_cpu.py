@@ -1,0 +1,283 @@
+"""The permutohedral lattice of per-pixel features: which vertices a pixel lies between, and which vertices are neighbours.
+
+A Gaussian filter of the features is then: splat the pixels' values on the vertices, blur along each of the lattice's d + 1 axes with
+(1/2, 1, 1/2), and slice them back. It takes time in proportion to pixels times features; its kernel exp(-|f_i - f_j|^2 / 2) is approximate.
+
+Source: Adams, Baek & Davis 2010, "Fast high-dimensional filtering using the permutohedral lattice", sections 3 and 4.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from perpixel.refinement.team import in_team, share
+
+# Lattice coordinates are exact integers in float32 up to 2**24; the margin leaves room for vertices around the last pixel.
+FARTHEST = 2.0**22
+
+
+@dataclass(frozen=True)
+class Lattices:
+    """The lattices of several kernels side by side, as rows of one table.
+
+    Row 0 belongs to no kernel and holds zeros: it stands for every neighbour that no pixel touches.
+
+    Attributes:
+        rows: (P, J) int32, the table rows that a pixel lies between; J is the sum of d + 1 over the kernels.
+        weights: (P, J) float32, barycentric; those of one kernel add up to 1.
+        neighbours: (A, R, 2) int32, the two neighbours of each of R table rows along each axis; A is the greatest d + 1.
+        columns: kernel k has columns[k] to columns[k + 1] of `rows` and `weights`.
+        starts: kernel k has table rows starts[k] to starts[k + 1].
+    """
+
+    rows: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    neighbours: NDArray[np.int32]
+    columns: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def lattices(features: Sequence[NDArray[np.float32]], threads: int) -> Lattices:
+    """The lattices of kernels whose features are (P, d) each, already divided by the bandwidths.
+
+    Raises:
+        ValueError: if features are not finite, or so large that float32 cannot tell neighbouring vertices apart.
+    """
+    pixels = len(features[0])
+    columns = np.cumsum([0, *(f.shape[1] + 1 for f in features)])
+    rows = np.empty((pixels, columns[-1]), np.int32)
+    weights = np.empty((pixels, columns[-1]), np.float32)
+    starts, neighbours = [1], []
+    for values, column in zip(features, columns[:-1], strict=True):
+        found = _one_lattice(values, rows, weights, int(column), starts[-1], threads)
+        neighbours.append(found)
+        starts.append(starts[-1] + found.shape[1])
+    together_ = np.zeros((max(n.shape[0] for n in neighbours), starts[-1], 2), np.int32)
+    for start, found in zip(starts[:-1], neighbours, strict=True):
+        together_[: found.shape[0], start : start + found.shape[1]] = found
+    return Lattices(rows, weights, together_, columns, np.array(starts))
+
+
+def scales(d: int) -> NDArray[np.float32]:
+    """What each feature is multiplied by before it is lifted to d + 1 dimensions, so that the blur has standard deviation 1."""
+    deviation = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    return np.array([deviation / math.sqrt((i + 1) * (i + 2)) for i in range(d)], np.float32)
+
+
+def _packing(features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How d coordinates of a vertex become one 64-bit word, or several where they span too much: lowest coordinates, (words, d) strides.
+
+    A coordinate is a digit of a number in mixed radix, so the key of a neighbour is the key plus a constant.
+    """
+    d = features.shape[1]
+    low, high = features.min(0).astype(float), features.max(0).astype(float)
+    bounds = np.array([low, high]) * scales(d)
+    lows, spans = np.empty(d, np.int64), []
+    for i in range(d):  # coordinate i is the sum of the features from i on, less i times the one before
+        ends = bounds[:, i:].sum(1) - i * (bounds[::-1, i - 1] if i else 0)
+        if not np.abs(ends).max() < FARTHEST:
+            raise ValueError(
+                f"features reach from {low.min():.3g} to {high.max():.3g} bandwidths, which is too far for float32; "
+                "they must be finite, and bandwidths larger"
+            )
+        lows[i] = math.floor(ends[0]) - 3 * (d + 1)
+        spans.append(math.ceil(ends[1]) + 3 * (d + 1) - int(lows[i]) + 1)
+    words: list[list[int]] = [[0] * d]
+    size = 1
+    for i, span in enumerate(spans):
+        if size * span >= 2**63:
+            words.append([0] * d)
+            size = 1
+        words[-1][i] = size
+        size *= span
+    return lows, np.array(words, np.int64)
+
+
+def _one_lattice(
+    features: NDArray[np.float32], rows: NDArray[np.int32], weights: NDArray[np.float32], column: int, start: int, threads: int
+) -> NDArray[np.int32]:
+    """Fill the kernel's columns of `rows` and `weights`; the neighbours (d + 1, vertices, 2) of its vertices."""
+    d = features.shape[1]
+    lows, strides = _packing(features)
+    pixels = len(features)
+
+    def place(number: int, team: int) -> tuple[Any, ...]:
+        own = start if number == 0 else 0  # the first thread's table becomes the common one, so its numbers are final
+        return _place(features, *share(0, pixels, number, team), scales(d), lows, strides, rows, weights, column, own)  # type: ignore[no-any-return]
+
+    (slots, keys, count), *others = in_team(place, min(threads, pixels))
+    names = [np.empty(0, np.int32)]
+    for _, more, size in others:
+        slots, keys, count, new = _absorb(slots, keys, count, more[:size], start)
+        names.append(new)
+    neighbours = np.empty((d + 1, count, 2), np.int32)
+    steps = (d + 1) * np.hstack([strides, np.zeros((len(strides), 1), np.int64)]) - strides.sum(1, keepdims=True)
+
+    def finish(number: int, team: int) -> None:
+        for part in range(1 + number, len(names), team):
+            _rename(rows, *share(0, pixels, part, len(names)), column, d + 1, names[part])
+        _neighbours(slots, keys, steps, start, neighbours, *share(0, count, number, team))
+
+    in_team(finish, len(names))
+    return neighbours
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _slot(key, words):  # type: ignore[no-untyped-def]
+    """A number with well-mixed upper and lower bits from a key (the multiplier is 2**64 over the golden ratio, Knuth vol. 3, 6.4)."""
+    mixed = np.uint64(0)
+    for w in range(words):
+        mixed = (mixed ^ np.uint64(key[w])) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed >> np.uint64(32)
+
+
+@njit(cache=True, nogil=True)
+def _find(slots, keys, key, words):  # type: ignore[no-untyped-def]
+    """Where in `slots` the key is, or the empty slot where it belongs. A slot holds the vertex's number plus 1; 0 is empty."""
+    mask = np.uint64(len(slots) - 1)
+    slot = _slot(key, words) & mask
+    while slots[slot]:
+        same = True
+        for w in range(words):
+            same &= keys[slots[slot] - 1, w] == key[w]
+        if same:
+            break
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _doubled(slots, keys, count):  # type: ignore[no-untyped-def]
+    """The same table with twice the room."""
+    words = keys.shape[1]
+    more = np.zeros(2 * len(slots), np.int32)
+    wide = np.empty((len(slots), words), np.int64)
+    wide[:count] = keys[:count]
+    for number in range(count):
+        more[_find(more, wide, wide[number], words)] = number + 1
+    return more, wide
+
+
+@njit(cache=True, nogil=True)
+def _place(features, first, last, scale, lows, strides, rows, weights, column, start):  # type: ignore[no-untyped-def]
+    """Vertices and weights of the pixels from first to last; the table of their keys. `rows` gets vertex numbers from `start` on."""
+    d = features.shape[1]
+    words = len(strides)
+    slots = np.zeros(1 << 14, np.int32)
+    keys = np.empty((1 << 13, words), np.int64)
+    count = 0
+    lifted = np.empty(d + 1, np.float32)
+    nearest = np.empty(d + 1, np.float32)
+    rank = np.empty(d + 1, np.int64)
+    rest = np.empty(d + 1, np.float32)  # by rank
+    stride = np.zeros((words, d + 1), np.int64)  # by rank
+    key = np.empty(words, np.int64)
+    last_key = np.full((d + 1, words), -1, np.int64)  # of the pixel before, which often lies in the same simplex
+    last_row = np.zeros(d + 1, np.int32)
+    per = np.float32(1 / (d + 1))
+    for p in range(first, last):
+        total = np.float32(0)
+        for i in range(d, 0, -1):
+            f = features[p, i - 1] * scale[i - 1]
+            lifted[i] = total - np.float32(i) * f
+            total += f
+        lifted[0] = total
+        # The nearest vertex whose coordinates are multiples of d + 1; it may lie off the plane, by `off` steps.
+        off = 0
+        for i in range(d + 1):
+            step = np.rint(lifted[i] * per)
+            nearest[i] = step * np.float32(d + 1)
+            off += int(step)
+            rank[i] = 0
+        for i in range(d):
+            for j in range(i + 1, d + 1):
+                lower = lifted[i] - nearest[i] < lifted[j] - nearest[j]
+                rank[i] += lower
+                rank[j] += not lower
+        for w in range(words):
+            key[w] = 0
+        for i in range(d + 1):
+            rank[i] += off
+            if rank[i] < 0:
+                rank[i] += d + 1
+                nearest[i] += np.float32(d + 1)
+            elif rank[i] > d:
+                rank[i] -= d + 1
+                nearest[i] -= np.float32(d + 1)
+            rest[rank[i]] = (lifted[i] - nearest[i]) * per
+            for w in range(words):
+                stride[w, rank[i]] = strides[w, i] if i < d else 0
+                if i < d:
+                    key[w] += strides[w, i] * (np.int64(nearest[i]) - lows[i])
+        # From one vertex of the simplex to the next: one step up in every coordinate, d + 1 down in that of the highest rank left.
+        for r in range(d + 1):
+            if r == 0:
+                weight = np.float32(1) + rest[d] - rest[0]
+            else:
+                weight = rest[d - r] - rest[d - r + 1]
+                for w in range(words):
+                    key[w] += -(d + 1) * stride[w, d - r + 1]
+                    for i in range(d):
+                        key[w] += strides[w, i]
+            same = True
+            for w in range(words):
+                same &= key[w] == last_key[r, w]
+            if not same:
+                slot = _find(slots, keys, key, words)
+                if slots[slot] == 0:
+                    if count == len(keys):
+                        slots, keys = _doubled(slots, keys, count)
+                        slot = _find(slots, keys, key, words)
+                    keys[count] = key
+                    count += 1
+                    slots[slot] = count
+                last_key[r] = key
+                last_row[r] = start + slots[slot] - 1
+            rows[p, column + r] = last_row[r]
+            weights[p, column + r] = weight
+    return slots, keys, count
+
+
+@njit(cache=True, nogil=True)
+def _absorb(slots, keys, count, others, start):  # type: ignore[no-untyped-def]
+    """Add other keys to a table; the table, and the rows that they have in it."""
+    words = keys.shape[1]
+    names = np.empty(len(others), np.int32)
+    for number in range(len(others)):
+        slot = _find(slots, keys, others[number], words)
+        if slots[slot] == 0:
+            if count == len(keys):
+                slots, keys = _doubled(slots, keys, count)
+                slot = _find(slots, keys, others[number], words)
+            keys[count] = others[number]
+            count += 1
+            slots[slot] = count
+        names[number] = start + slots[slot] - 1
+    return slots, keys, count, names
+
+
+@njit(cache=True, nogil=True)
+def _rename(rows, first, last, column, width, names):  # type: ignore[no-untyped-def]
+    """A thread's own vertex numbers become rows of the common table."""
+    for p in range(first, last):
+        for j in range(column, column + width):
+            rows[p, j] = names[rows[p, j]]
+
+
+@njit(cache=True, nogil=True)
+def _neighbours(slots, keys, steps, start, neighbours, first, last):  # type: ignore[no-untyped-def]
+    """The table rows of the two neighbours along each axis, 0 where no pixel touches them."""
+    words = keys.shape[1]
+    key = np.empty(words, np.int64)
+    for axis in range(steps.shape[1]):
+        for vertex in range(first, last):
+            for side in range(2):
+                for w in range(words):
+                    key[w] = keys[vertex, w] + (steps[w, axis] if side == 0 else -steps[w, axis])
+                number = slots[_find(slots, keys, key, words)]
+                neighbours[axis, vertex, side] = start + number - 1 if number else 0
