@@ -49,10 +49,9 @@ def scipys(terminal, edges):
 
 def cut_value(terminal, edges, side):
     """Capacity of the edges that leave the source's side."""
-    height, width, neighbours = edges.shape
     value = terminal[(terminal > 0) & ~side].sum() - terminal[(terminal < 0) & side].sum()
     for y, x in np.argwhere(side):
-        for d, (dy, dx) in enumerate(STEPS[:neighbours]):
+        for d, (dy, dx) in enumerate(STEPS[: edges.shape[2]]):
             if edges[y, x, d] and not side[y + dy, x + dx]:
                 value += edges[y, x, d]
     return value

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from perpixel.refinement.max_flow import SINK, SOURCE, Flow, frame_index, max_flow, new_flow
+from perpixel.refinement.max_flow import SINK, SOURCE, Flow, frame_index, max_flow, new_flow, new_offsets
 
 # A move counts only if it lowers the energy by more than rounding could: float64 sums of up to 10^8 terms.
 LEAST_GAIN = 1e-9
@@ -99,7 +99,7 @@ def _swap_network(problem: Problem, labels: np.ndarray, pair: tuple[int, int], f
             other = pixel + offsets[direction]
             weight = weights[direction // 2, pixel if direction % 2 == 0 else other]
             theirs = labels[other]
-            inner = weight != 0 and (theirs == first or theirs == second)
+            inner = weight != 0 and theirs in pair
             flow.residual[pixel, direction] = weight * costs[first, second] if inner else 0.0
             if not inner:
                 terminal += weight * (costs[second, theirs] - costs[first, theirs])
@@ -157,7 +157,7 @@ def _members_energy(problem: Problem, labels: np.ndarray, pair: tuple[int, int],
             weight = problem.weights[direction // 2, pixel if direction % 2 == 0 else other]
             if weight != 0:
                 theirs = labels[other]
-                share = 0.5 if theirs == pair[0] or theirs == pair[1] else 1.0  # an edge between two members is met twice
+                share = 0.5 if theirs in pair else 1.0  # an edge between two members is met twice
                 total += share * weight * problem.costs[own, theirs]
     return total
 
@@ -193,31 +193,50 @@ def swap(problem: Problem, labels: np.ndarray, flow: Flow, cycles: int) -> None:
                     labels[pixels[: members.size]] = before
 
 
-def graph_cut(unary: np.ndarray, weights: list[np.ndarray], costs: np.ndarray, cycles: int, swaps: bool = False) -> np.ndarray:
-    """A labelling of low energy, from the best label of each pixel by itself onwards.
+def posed(unary: np.ndarray, weights: list[np.ndarray], costs: np.ndarray) -> Problem:
+    """The problem of one image.
 
     Args:
         unary: (K, H, W) float costs of labels.
         weights: of the edges, one array per direction, as `framed` takes them; not negative.
-        costs: (K, K) symmetric label costs with zero diagonal; a metric, or with `swaps` a semi-metric (no triangle inequality).
+        costs: (K, K) symmetric label costs with zero diagonal.
+    """
+    classes, height, width = unary.shape
+    return Problem(
+        np.ascontiguousarray(unary.reshape(classes, -1)),
+        np.ascontiguousarray(frame_index(height, width).ravel()),
+        framed(weights, height, width),
+        np.ascontiguousarray(costs, dtype=np.float64),
+        new_offsets(width, 2 * len(weights)),
+    )
+
+
+def graph_cut(unary: np.ndarray, weights: list[np.ndarray], costs: np.ndarray, cycles: int, swaps: bool = False) -> np.ndarray:
+    """A labelling of low energy, from the best label of each pixel by itself onwards.
+
+    Args:
+        unary, weights, costs: as for `posed`; the costs a metric, or with `swaps` a semi-metric (no triangle inequality).
         cycles: the most times that every label, or pair of labels, has its move.
         swaps: alpha-beta swap in place of alpha-expansion.
 
     Returns:
         (H, W) int64 labels. By expansion the energy is at most twice the lowest times the largest label cost over the smallest.
     """
-    classes, height, width = unary.shape
-    frame = frame_index(height, width)
-    flow = new_flow(height, width, 2 * len(weights))
-    problem = Problem(
-        np.ascontiguousarray(unary.reshape(classes, -1)),
-        np.ascontiguousarray(frame.ravel()),
-        framed(weights, height, width),
-        np.ascontiguousarray(costs, dtype=np.float64),
-        flow.offsets,
-    )
+    problem = posed(unary, weights, costs)
+    flow = new_flow(*unary.shape[1:], 2 * len(weights))
     labels = np.zeros(flow.terminal.size, np.int64)
-    labels[frame] = unary.argmin(0)
+    labels[problem.inside] = unary.argmin(0).ravel()
     (swap if swaps else expand)(problem, labels, flow, cycles)
-    found: np.ndarray = labels[frame]
+    found: np.ndarray = labels[problem.inside].reshape(unary.shape[1:])
     return found
+
+
+def metric_closure(costs: np.ndarray) -> np.ndarray:
+    """(K, K) label costs where each is the cheapest way from label to label, over others if need be: the largest metric below `costs`.
+
+    Source: Floyd 1962, algorithm 97 (shortest path).
+    """
+    closed = np.array(costs, dtype=np.float64)
+    for label in range(len(closed)):
+        closed = np.minimum(closed, closed[:, label, None] + closed[None, label])
+    return closed

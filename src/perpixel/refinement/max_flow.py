@@ -29,17 +29,17 @@ class Flow(NamedTuple):
     queued: np.ndarray  # (n,) int8: whether a pixel waits to grow
 
 
-def new_flow(height: int, width: int, neighbours: int) -> Flow:
-    """An empty network on the framed grid of an image of height x width pixels; `frame_index` says where its pixels are.
-
-    Args:
-        neighbours: 4 or 8. Directions are right, left, down, up; and with 8 right-down, left-up, left-down, right-up.
-    """
+def new_offsets(width: int, neighbours: int) -> np.ndarray:
+    """(D,) int64 from a pixel to its neighbours right, left, down, up; and with 8, right-down, left-up, left-down, right-up."""
     row = width + 2
-    size = (height + 2) * row
-    offsets = np.array([1, -1, row, -row, row + 1, -row - 1, row - 1, 1 - row][:neighbours])
+    return np.array([1, -1, row, -row, row + 1, -row - 1, row - 1, 1 - row][:neighbours])
+
+
+def new_flow(height: int, width: int, neighbours: int) -> Flow:
+    """An empty network on the framed grid of an image of height x width pixels; `frame_index` says where its pixels are."""
+    size = (height + 2) * (width + 2)
     marks = [np.zeros(size, dtype) for dtype in (np.int8, np.int8, np.int32, np.int32, np.int8)]
-    return Flow(np.zeros(size), np.zeros((size, neighbours)), offsets, *marks)
+    return Flow(np.zeros(size), np.zeros((size, neighbours)), new_offsets(width, neighbours), *marks)
 
 
 def frame_index(height: int, width: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def frame_index(height: int, width: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _augment(flow: Flow, pixel: int, direction: int, orphans: np.ndarray) -> tuple[float, int]:
-    """Push what fits through the path root - pixel - its neighbour in this direction - other root; the flow, and how many orphans it left."""
+    """Push what fits through the path root - pixel - neighbour in this direction - other root; the flow, and how many orphans it left."""
     terminal, residual, offsets, parent = flow.terminal, flow.residual, flow.offsets, flow.parent
     start, end = pixel, pixel + offsets[direction]
     push = residual[start, direction]
