@@ -74,7 +74,7 @@ def test_energy_is_the_formula_for_every_labelling(neighbours, beta, floor, cost
 def test_icm_costs_no_less_than_expansion_and_expansion_than_the_best_of_all_labellings(neighbours, costs):
     """Expansion is within twice the best times the largest cost over the smallest (Boykov, Veksler & Zabih 2001, theorem 6.1)."""
     bound_factor = 2 if costs is None else 4
-    optimal, energies = 0, {name: 0.0 for name in (*METHODS, "best")}
+    optimal, energies = 0, dict.fromkeys((*METHODS, "best"), 0.0)
     for seed in range(12):
         logits, image = scene(seed)
         _, every = all_energies(logits[0], image[0], 1.0, neighbours, costs)
@@ -142,7 +142,8 @@ def test_propagation_on_a_chain_equals_viterbi_and_forward_backward(schedule, up
     marginal = np.array([[probability[labellings[:, 0, x] == label].sum() for x in range(8)] for label in range(3)])
     if upright:
         logits, image = logits.mT, image.mT
-    options = {"strength": 1.25, "compatibility": costs, "schedule": schedule, "iterations": 1 if schedule == "sweeps" else 7}
+    options = {"strength": 1.25, "compatibility": costs, "schedule": schedule, "damping": 0.0}
+    options["iterations"] = 1 if schedule == "sweeps" else 7
     min_marginal = -GridMRF(method="min_sum", **options)(logits, image)[0].flatten(1).numpy()
     np.testing.assert_allclose(min_marginal - min_marginal.min(0), lowest - every.min(), atol=1e-6)
     log_marginal = GridMRF(method="sum_product", **options)(logits, image)[0].flatten(1).numpy()

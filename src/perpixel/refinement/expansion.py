@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from perpixel.refinement.max_flow import SINK, SOURCE, Flow, frame_index, max_flow, new_flow, new_offsets
+from perpixel.refinement.max_flow import FREE, SINK, SOURCE, Flow, frame_index, max_flow, new_flow, new_offsets
 
 # A move counts only if it lowers the energy by more than rounding could: float64 sums of up to 10^8 terms.
 LEAST_GAIN = 1e-9
@@ -62,7 +62,7 @@ def _expansion_network(problem: Problem, labels: np.ndarray, alpha: int, flow: F
     count = 0
     for number, pixel in enumerate(problem.inside):
         own = labels[pixel]
-        flow.terminal[pixel], flow.tree[pixel] = 0, 0
+        flow.terminal[pixel], flow.tree[pixel] = 0, FREE
         if own != alpha:
             pixels[count] = pixel
             count += 1
@@ -93,7 +93,6 @@ def _swap_network(problem: Problem, labels: np.ndarray, pair: tuple[int, int], f
     for place, number in enumerate(members):
         pixel = problem.inside[number]
         pixels[place] = pixel
-        flow.tree[pixel] = 0
         terminal = np.float64(unary[second, number]) - np.float64(unary[first, number])
         for direction in range(offsets.size):
             other = pixel + offsets[direction]
@@ -184,7 +183,7 @@ def swap(problem: Problem, labels: np.ndarray, flow: Flow, cycles: int) -> None:
                 before = labels[pixels[: members.size]].copy()
                 for pixel in pixels[: members.size]:
                     labels[pixel] = first if flow.tree[pixel] == SOURCE else second
-                    flow.residual[pixel] = 0  # the pixels of the next pair may border on these
+                    flow.residual[pixel], flow.tree[pixel] = 0, FREE  # the pixels of the next pair may border on these
                 now = _members_energy(problem, labels, (first, second), members)
                 if now < then - LEAST_GAIN * max(1.0, abs(then)):
                     quiet = 1

@@ -42,13 +42,15 @@ def edge_weights(image: Tensor, neighbours: int, beta: float | None, floor: floa
         return [torch.full_like(shape, (floor + 1) / length) for shape, length in zip(shapes, lengths, strict=True)]
     if beta is None:
         # With beta from the image its scale cancels; without this, squares of very large or small values would leave float32's range.
-        low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+        seen = image.detach()
+        low, high = seen.amin((1, 2, 3), keepdim=True), seen.amax((1, 2, 3), keepdim=True)
         half = high / 2 - low / 2  # in halves: the difference of the extremes may overflow
         image = (image / 2 - low / 2) / torch.where(half > 0, half, 1)
     squares = [(second - first).square().sum(1, keepdim=True) for first, second in (ends(image, step) for step in steps)]
     if beta is None:
         count = max(sum(square[0].numel() for square in squares), 1)
         mean = torch.stack([square.sum((1, 2, 3)) for square in squares]).sum(0)[:, None, None, None] / count
-        squares = [torch.where(mean > 0, square / (2 * mean), 0) for square in squares]
+        twice = torch.where(mean > 0, 2 * mean, 1)
+        squares = [square / twice for square in squares]
         beta = 1.0
     return [(floor + torch.exp(-beta * square)) / length for square, length in zip(squares, lengths, strict=True)]

@@ -41,7 +41,8 @@ class GridMRF(nn.Module):
       -(U_p(l) + sum over q of V_pq(l, x_q)), with the found label first among equals. Its softmax is no marginal. They have no gradient.
       "icm" runs where the tensors are; "expansion" and "swap" run on the CPU, an image per thread.
     * "min_sum": minus the min-marginals that loopy belief propagation came to; "sum_product": the logarithms of the marginals.
-      Both run where the tensors are and have gradients with respect to logits, image, `strength` and `compatibility`.
+      Both run where the tensors are, in about ten times the memory of the logits, and have gradients with respect to logits, image,
+      `strength` and `compatibility`.
     With zero iterations or strength 0 the scores come back as log_softmax(logits).
 
     Which to take: "expansion" has a guarantee (for Potts costs at most twice the lowest energy, in practice about one hundredth above)
@@ -58,7 +59,8 @@ class GridMRF(nn.Module):
         compatibility: mu, (K, K) label costs, at least 0, symmetric with zero diagonal; None is Potts, 1 between any two labels.
         method: one of `METHODS`.
         iterations: of belief propagation (None: 10), sweeps of ICM, or cycles through all labels or pairs (None: until nothing falls).
-        damping: of belief propagation: share of its old value that a message keeps, 0 <= damping < 1.
+        damping: of belief propagation: share of its old value that a message keeps, 0 <= damping < 1; None is 0.5 where all are renewed
+            at once, which swings without, and 0 in sweeps.
         schedule: of belief propagation: "sweeps" passes messages along all columns and rows in turn (4 neighbours only, goes further per
             iteration); "synchronous" renews all at once; None takes sweeps where it can.
         repair_metric: lets "expansion" put the metric closure (shortest paths) in place of label costs that break the triangle
@@ -79,7 +81,7 @@ class GridMRF(nn.Module):
         compatibility: Tensor | Sequence[Sequence[float]] | None = None,
         method: str = "expansion",
         iterations: int | None = None,
-        damping: float = 0.0,
+        damping: float | None = None,
         schedule: str | None = None,
         repair_metric: bool = False,
         trainable: bool = False,
@@ -97,7 +99,7 @@ class GridMRF(nn.Module):
         ):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be finite and at least 0")
-        if not 0 <= damping < 1:
+        if damping is not None and not 0 <= damping < 1:
             raise ValueError(f"damping is {damping}; messages change only if it is at least 0 and below 1")
         if schedule not in (None, "sweeps", "synchronous") or (schedule == "sweeps" and neighbours == 8):
             raise ValueError(
@@ -232,9 +234,10 @@ class GridMRF(nn.Module):
 
     def _beliefs(self, unary: Tensor, weights: list[Tensor], costs: Tensor | None) -> Tensor:
         send = (min_sum if self.method == "min_sum" else sum_product)(costs)
-        propagate = sweeps if self.neighbours == 4 and self.schedule != "synchronous" else synchronous
+        swept = self.neighbours == 4 and self.schedule != "synchronous"
+        damping = (0.0 if swept else 0.5) if self.damping is None else self.damping
         count = BELIEF_ITERATIONS if self.iterations is None else self.iterations
-        scores = -propagate(unary, weights, send, count, self.damping)
+        scores = -(sweeps if swept else synchronous)(unary, weights, send, count, damping)
         return scores if self.method == "min_sum" else torch.log_softmax(scores, 1)
 
     def _most(self) -> int:
