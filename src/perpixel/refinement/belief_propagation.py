@@ -74,9 +74,8 @@ def _collected(unary: Tensor, messages: Messages) -> Tensor:
     """Beliefs: costs of labels plus all messages that came in."""
     belief = unary.clone()
     for step, (onward, back) in messages.items():
-        first, second = ends(belief, step)
-        first += back
-        second += onward
+        ends(belief, step)[0].add_(back)
+        ends(belief, step)[1].add_(onward)  # a view of its own: one taken before the first addition would miss the messages' gradient
     return belief
 
 
