@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ABSENT_RULE = (
-    "A class absent from both truth and prediction is left out of every mean; a class predicted but absent from the truth counts "
-    "as IoU 0 and Dice 0, and is left out of mean accuracy."
-)
+from perpixel.metrics.tallies import ABSENT_RULE
 
 
 class Confusion:
