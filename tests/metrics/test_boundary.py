@@ -50,7 +50,7 @@ def pair(seed, shape=(23, 31), classes=4, void=0.1):
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.0075, 0.03, 0.08, 0.2])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_bf_equals_a_hungarian_matching_of_the_contour_pixels(seed, tolerance):
     """Badrinarayanan et al. 2017, section 4.1: F1 of each class present in truth or prediction, averaged over them."""
     labels, predicted = pair(seed)
@@ -68,7 +68,7 @@ def test_the_matching_is_the_largest_of_all_where_the_nearest_first_would_lose_a
     assert largest_matching(np.array([[0, 0], [0, 2]]), np.array([[0, 1], [0, 5]]), 2.0) == 1
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_matchings_of_scattered_pixels_are_as_large_as_those_of_hopcroft_and_karp(seed):
     """scipy.sparse.csgraph.maximum_bipartite_matching, on point sets from sparse to crowded."""
     rng = np.random.default_rng(seed)
@@ -122,7 +122,7 @@ def test_an_image_without_contours_is_left_out_and_poisons_nothing():
     score.update(void, flat, name="void")
     assert math.isnan(score.score)
     assert np.isnan(score.per_class).all()
-    labels, predicted = pair(0)
+    labels, _ = pair(0)
     score.update(labels, labels, name="labelled")
     assert score.score == 1
     assert np.isnan(score.per_image).tolist() == [True, True, False]

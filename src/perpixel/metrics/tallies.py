@@ -5,7 +5,7 @@ prediction. Pixels give the region scores (Long et al. 2015, arXiv:1411.4038, se
 pixels matched one to one give the BF score. Tallies add, so a set is the sum of its images, and a resampled set a weighted sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -85,13 +85,15 @@ def fwiou(tally: np.ndarray) -> np.ndarray:
     return _ratio(np.where(truth > 0, truth * iou(tally), 0.0).sum(-1), truth.sum(-1))
 
 
-SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "pixel_accuracy": pixel_accuracy,
-    "mean_accuracy": mean_accuracy,
-    "miou": miou,
-    "fwiou": fwiou,
-    "mean_dice": mean_dice,
-}
+def scores(tally: np.ndarray, absent: str = "union") -> dict[str, np.ndarray]:
+    """Name -> (...) of every region score, the means by the rule `absent`."""
+    return {
+        "pixel_accuracy": pixel_accuracy(tally),
+        "mean_accuracy": mean_accuracy(tally, absent),
+        "miou": miou(tally, absent),
+        "fwiou": fwiou(tally),
+        "mean_dice": mean_dice(tally, absent),
+    }
 
 
 class PerImage:
