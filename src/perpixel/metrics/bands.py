@@ -107,8 +107,8 @@ class BoundaryIoU:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
         truth, guess = labelled_pair(labels, predicted, self.classes, ignore)
         d = max(1, round(self.width * math.hypot(*truth.shape)))
-        bands = [np.where(steps_to_change(labels, d, border=True) <= d, labels, VOID) for labels in (truth, guess)]
-        self.images.add(_band_counts(*bands, self.classes), name)
+        true, drawn = (np.where(steps_to_change(values, d, border=True) <= d, values, VOID) for values in (truth, guess))
+        self.images.add(_band_counts(true, drawn, self.classes), name)
 
     def merge(self, other: "BoundaryIoU") -> None:
         """Append the images of another score of as many classes and the same width."""

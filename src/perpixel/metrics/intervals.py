@@ -106,7 +106,8 @@ def _interval(value: np.ndarray, blocks: list[np.ndarray], level: float, images:
     drawn = np.concatenate(blocks)
     low, high = np.full(drawn.shape[1:], np.nan), np.full(drawn.shape[1:], np.nan)
     known = ~np.isnan(drawn).all(0) & (images > 1)
-    low[known], high[known] = np.nanquantile(drawn[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    if known.any():
+        low[known], high[known] = np.nanquantile(drawn[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
     if drawn.ndim == 1:
         return Interval(float(value), float(low), float(high), level, images)
     return Interval(np.asarray(value), low, high, level, images)

@@ -130,7 +130,7 @@ class Confusion:
         columns = zip(names, self.counts.sum(1).tolist(), self.class_accuracy, self.iou, self.dice, strict=True)
         return {
             "pixels": self.pixels,
-            **{name: _plain(value) for name, value in tallies.scores(self.tally, absent).items()},
+            **{name: _plain(float(value)) for name, value in tallies.scores(self.tally, absent).items()},
             "classes": [
                 {"name": name, "pixels": count, "accuracy": _plain(accuracy), "iou": _plain(iou), "dice": _plain(dice)}
                 for name, count, accuracy, iou, dice in columns
