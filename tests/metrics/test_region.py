@@ -5,9 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
+from torchmetrics.classification import MulticlassJaccardIndex
 
-from perpixel.metrics import ABSENT_RULE, Confusion
+from perpixel.metrics import ABSENT_RULE, ABSENT_RULES, Confusion
+from perpixel.metrics.region import Region
 
 VOID = 255
 
@@ -159,3 +162,77 @@ def test_the_report_is_json_with_a_row_for_each_class():
     assert report["absent_rule"] == ABSENT_RULE
     with pytest.raises(ValueError, match="1 names for 3 classes"):
         confusion([0], [0], 3).to_dict(["sky"])
+
+
+def images(count=5, classes=4, seed=2):
+    """Images with a class of their own each, so that not every image shows every class; a little void."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        labels = rng.integers(0, 1 + number % classes, (20, 30)).astype(np.uint8)
+        predicted = np.where(rng.random(labels.shape) < 0.7, labels, rng.integers(0, classes - 1, labels.shape)).astype(np.uint8)
+        labels[rng.random(labels.shape) < 0.1] = VOID
+        yield labels, predicted
+
+
+def test_scores_equal_those_of_scikit_learn_and_torchmetrics():
+    """jaccard_score, f1_score, recall_score and MulticlassJaccardIndex over the labelled pixels."""
+    labels, predicted = (np.stack(values) for values in zip(*images(classes=3), strict=True))
+    matrix = confusion(labels, predicted, 3)
+    known = labels != VOID
+    truth, guess = labels[known], predicted[known]
+    np.testing.assert_allclose(matrix.iou, sklearn.metrics.jaccard_score(truth, guess, average=None))
+    np.testing.assert_allclose(matrix.dice, sklearn.metrics.f1_score(truth, guess, average=None))
+    assert matrix.mean_accuracy == pytest.approx(sklearn.metrics.recall_score(truth, guess, average="macro"))
+    assert matrix.fwiou == pytest.approx(sklearn.metrics.jaccard_score(truth, guess, average="weighted"))
+    theirs = MulticlassJaccardIndex(3, ignore_index=VOID)(torch.from_numpy(predicted).long(), torch.from_numpy(labels).long())
+    assert matrix.miou == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_the_set_and_its_images_are_scored_side_by_side():
+    """The mean of images is that of each image scored alone, and is another number than the set's."""
+    region = Region(4)
+    alone = []
+    for number, (labels, predicted) in enumerate(images()):
+        region.update(labels, predicted, name=str(number))
+        alone.append(confusion(labels, predicted, 4))
+    region.update(np.full((2, 2), VOID), np.zeros((2, 2), int), name="void")  # poisons no mean
+    both = region.side_by_side()
+    for name in ("pixel_accuracy", "mean_accuracy", "miou", "fwiou", "mean_dice"):
+        assert both["images"][name] == pytest.approx(np.mean([getattr(matrix, name) for matrix in alone]))
+        assert both["set"][name] == pytest.approx(getattr(region.confusion, name))
+    assert abs(both["images"]["miou"] - both["set"]["miou"]) > 0.05
+    assert region.images.table.shape == (6, 4, 3)
+    np.testing.assert_array_equal(region.images.total, region.confusion.tally)
+
+
+def test_merged_regions_equal_one_stream():
+    whole, parts = Region(4), [Region(4), Region(4)]
+    for number, pair in enumerate(images()):
+        whole.update(*pair, name=str(number))
+        parts[number // 3].update(*pair, name=str(number))
+    parts[0].merge(parts[1])
+    assert parts[0].images.names == whole.images.names
+    np.testing.assert_array_equal(parts[0].images.table, whole.images.table)
+    np.testing.assert_array_equal(parts[0].confusion.counts, whole.confusion.counts)
+
+
+def test_each_rule_for_absent_classes_divides_by_what_it_says():
+    """IoU 3/4 for a class in both, 0 for one that is predicted only, one class in neither: means over 2, 1 and 3 classes."""
+    matrix = confusion([0, 0, 0, 0], [0, 0, 0, 1], 3)
+    expected = {"union": 0.75 / 2, "truth": 0.75, "zero": 0.75 / 3}
+    assert set(expected) == set(ABSENT_RULES)
+    for rule, miou in expected.items():
+        report = matrix.to_dict(["a", "b", "c"], rule)
+        assert report["miou"] == pytest.approx(miou)
+        assert report["absent_rule"] == ABSENT_RULES[rule]
+        assert report["mean_accuracy"] == pytest.approx(0.25 if rule == "zero" else 0.75)
+        assert confusion([VOID], [0], 3).to_dict(["a", "b", "c"], rule)["miou"] is None
+    with pytest.raises(ValueError, match="'present'; the rules for absent classes are union, truth, zero"):
+        matrix.to_dict(["a", "b", "c"], "present")
+
+
+def test_the_fast_loop_and_the_bins_of_torch_count_the_same():
+    """The bins are what runs on a GPU."""
+    labels, predicted = next(images(count=1, classes=1))
+    matrix = confusion(labels, predicted, 4)
+    np.testing.assert_array_equal(matrix.counts, Confusion(4)._count_by_bins(torch.from_numpy(labels), torch.from_numpy(predicted), VOID))

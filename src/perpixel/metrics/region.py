@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ABSENT_RULE = (
-    "A class absent from both truth and prediction is left out of every mean; a class predicted but absent from the truth counts "
-    "as IoU 0 and Dice 0, and is left out of mean accuracy."
-)
+from perpixel.metrics import tallies
 
 
 class Confusion:
     """Streaming confusion matrix of K classes.
 
     `counts` is an int64 (K, K) tensor [truth, prediction] on `device`, over all labelled pixels seen so far; processes may sum theirs
-    with all_reduce. Scores are fractions, not percent, and NaN where there is nothing to score. `ABSENT_RULE` says which classes count.
+    with all_reduce. Scores are fractions, not percent, and NaN where there is nothing to score. Means follow `tallies.ABSENT_RULE`,
+    and `to_dict` any of `tallies.ABSENT_RULES`.
     """
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
@@ -46,13 +44,19 @@ class Confusion:
         guess = _integers(predicted, "predicted", self.counts.device)
         if truth.shape != guess.shape:
             raise ValueError(f"labels are {tuple(truth.shape)} and predicted {tuple(guess.shape)}; they must have the same shape")
+        counts, legal = _count_on_processor(truth, guess, self.classes, ignore) if truth.device.type == "cpu" else (None, True)
+        if counts is None or not legal:
+            counts = self._count_by_bins(truth, guess, ignore)  # which also names what is no class
+        self.counts += counts
+
+    def _count_by_bins(self, truth: Tensor, guess: Tensor, ignore: int) -> Tensor:
         void = truth == ignore
         truth, guess = truth.long().masked_fill(void, 0), guess.long().masked_fill(void, 0)
         for name, values in (("labels", truth), ("predicted", guess)):
             self._check_range(name, values)
         # Void goes to a cell of its own, dropped after counting: three times as fast as picking the labelled pixels.
         cells = (truth * self.classes + guess).masked_fill(void, self.classes**2).flatten()
-        self.counts += torch.bincount(cells, minlength=self.classes**2 + 1)[:-1].view_as(self.counts)
+        return torch.bincount(cells, minlength=self.classes**2 + 1)[:-1].view_as(self.counts)
 
     def merge(self, other: "Confusion") -> None:
         """Add the counts of another matrix of as many classes."""
@@ -66,55 +70,56 @@ class Confusion:
         return int(self.counts.sum())
 
     @property
+    def tally(self) -> np.ndarray:
+        """(K, 3) int64: pixels of each class in both, in truth and in prediction; what the scores are computed from."""
+        return torch.stack([self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)], 1).cpu().numpy()
+
+    @property
     def pixel_accuracy(self) -> float:
         """Share of the labelled pixels that are right (also called global accuracy)."""
-        truth, _, hits = self._sums()
-        return float(hits.sum() / truth.sum())
+        return float(tallies.pixel_accuracy(self.tally))
 
     @property
     def class_accuracy(self) -> Tensor:
         """(K,) float64: share of each class's pixels that are right (recall); NaN where the class has none."""
-        truth, _, hits = self._sums()
-        return hits / truth
+        return torch.from_numpy(tallies.recall(self.tally))
 
     @property
     def mean_accuracy(self) -> float:
         """Mean of `class_accuracy` over the classes that occur in the truth."""
-        return float(self.class_accuracy.nanmean())
+        return float(tallies.mean_accuracy(self.tally))
 
     @property
     def iou(self) -> Tensor:
         """(K,) float64: intersection over union; NaN where a class is in neither truth nor prediction."""
-        truth, guess, hits = self._sums()
-        return hits / (truth + guess - hits)
+        return torch.from_numpy(tallies.iou(self.tally))
 
     @property
     def miou(self) -> float:
         """Mean IoU, background included."""
-        return float(self.iou.nanmean())
+        return float(tallies.miou(self.tally))
 
     @property
     def fwiou(self) -> float:
         """IoU weighted by the class's share of the truth."""
-        truth, _, _ = self._sums()
-        return float((truth * self.iou).nansum() / truth.sum())
+        return float(tallies.fwiou(self.tally))
 
     @property
     def dice(self) -> Tensor:
         """(K,) float64: 2 intersection / (truth + prediction), the F1 score; NaN where a class is in neither."""
-        truth, guess, hits = self._sums()
-        return 2 * hits / (truth + guess)
+        return torch.from_numpy(tallies.dice(self.tally))
 
     @property
     def mean_dice(self) -> float:
         """Mean of `dice`."""
-        return float(self.dice.nanmean())
+        return float(tallies.mean_dice(self.tally))
 
-    def to_dict(self, names: Sequence[str]) -> dict[str, object]:
+    def to_dict(self, names: Sequence[str], absent: str = "union") -> dict[str, object]:
         """All scores as plain JSON types, NaN as None.
 
         Args:
             names: of the K classes, in order.
+            absent: the rule of every mean, a key of `ABSENT_RULES`.
 
         Returns:
             pixels, pixel_accuracy, mean_accuracy, miou, fwiou, mean_dice; classes: one {name, pixels, accuracy, iou, dice} each;
@@ -125,23 +130,14 @@ class Confusion:
         columns = zip(names, self.counts.sum(1).tolist(), self.class_accuracy, self.iou, self.dice, strict=True)
         return {
             "pixels": self.pixels,
-            "pixel_accuracy": _plain(self.pixel_accuracy),
-            "mean_accuracy": _plain(self.mean_accuracy),
-            "miou": _plain(self.miou),
-            "fwiou": _plain(self.fwiou),
-            "mean_dice": _plain(self.mean_dice),
+            **{name: _plain(float(value)) for name, value in tallies.scores(self.tally, absent).items()},
             "classes": [
                 {"name": name, "pixels": count, "accuracy": _plain(accuracy), "iou": _plain(iou), "dice": _plain(dice)}
                 for name, count, accuracy, iou, dice in columns
             ],
             "confusion": self.counts.tolist(),
-            "absent_rule": ABSENT_RULE,
+            "absent_rule": tallies.ABSENT_RULES[absent],
         }
-
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels of each class in truth, in prediction, and in both, as float64 on the CPU (exact up to 2^53 pixels)."""
-        counts = self.counts.cpu().double()  # in this order: some accelerators have no float64
-        return counts.sum(1), counts.sum(0), counts.diagonal()
 
     def _check_range(self, name: str, values: Tensor) -> None:
         if not values.numel():
@@ -153,6 +149,50 @@ class Confusion:
             raise ValueError(
                 f"{name}: {len(wrong)} pixels have a value that is not one of the {self.classes} classes 0..{self.classes - 1} ({found})"
             )
+
+
+class Region:
+    """Streaming region scores of K classes per set and per image: one confusion matrix of all, and a tally of each image.
+
+    The IoU of a set is not the mean of its images': an image with little of a class weighs as much as one full of it, and the two
+    differ by several points. `side_by_side` gives both.
+    """
+
+    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
+        self.confusion = Confusion(classes, device)
+        self.images = tallies.PerImage((classes, 3))
+
+    def update(self, labels: Tensor | np.ndarray, predicted: Tensor | np.ndarray, ignore: int = 255, name: str = "") -> None:
+        """Add one image; arguments and errors as in `Confusion.update`."""
+        image = Confusion(self.confusion.classes, self.confusion.counts.device)
+        image.update(labels, predicted, ignore)
+        self.confusion.merge(image)
+        self.images.add(image.tally, name)
+
+    def merge(self, other: "Region") -> None:
+        """Add the counts of another one of as many classes."""
+        self.confusion.merge(other.confusion)
+        self.images.merge(other.images)
+
+    def side_by_side(self, absent: str = "union") -> dict[str, dict[str, float]]:
+        """Scores of the set under "set", and under "images" their means over the images that have one.
+
+        The rule `absent` (a key of `ABSENT_RULES`) holds within each image for the latter, so "zero" counts every class that an image
+        does not show as 0 there.
+        """
+        each = tallies.scores(self.images.table, absent)
+        return {
+            "set": {name: float(value) for name, value in tallies.scores(self.confusion.tally, absent).items()},
+            "images": {name: float(np.nanmean(values)) if not np.isnan(values).all() else math.nan for name, values in each.items()},
+        }
+
+
+def _count_on_processor(truth: Tensor, guess: Tensor, classes: int, ignore: int) -> tuple[Tensor, bool]:
+    # Loaded here: numba takes half a second, which those who count on a GPU, or only ask for the rule, need not wait.
+    from perpixel.metrics.counting import pair_counts
+
+    counts, legal = pair_counts(truth.numpy().ravel(), guess.numpy().ravel(), classes, ignore)
+    return torch.from_numpy(counts), legal
 
 
 def _integers(values: Tensor | np.ndarray, name: str, device: torch.device) -> Tensor:

@@ -1,0 +1,113 @@
+"""How far a score of a set can be trusted: bootstrap over its images.
+
+Images are drawn with replacement and the score is computed from the sums of their counts, so a score of the whole set (mIoU) is resampled
+as what it is, and no prediction is looked at again. Sources: percentile intervals, Efron & Tibshirani 1993 ("An introduction to the
+bootstrap"), chapter 13; both runs on the same draws, that is paired, chapter 8.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+Score = Callable[[np.ndarray], np.ndarray]  # sums of counts (..., *shape) -> (...) or (..., K); NaN where there is none
+_DRAWS = 1_000_000  # indices drawn at a time: bounds the memory whatever the number of images
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score of a set and where it would lie, on other images of the same kind, in `level` of all cases.
+
+    `value`, `low` and `high` are floats for a single score, and arrays (K,) for a score of each class. Where a class is missing from a
+    resampled set, that resample is left out for the class. The bounds are NaN for fewer than two images, which tell nothing of others.
+    """
+
+    value: np.ndarray | float
+    low: np.ndarray | float
+    high: np.ndarray | float
+    level: float
+    images: int
+
+    @property
+    def above_zero(self) -> np.ndarray | bool:
+        """Whether the whole interval is above zero: for a difference, a gain that is real at this level."""
+        return self.low > 0
+
+    @property
+    def below_zero(self) -> np.ndarray | bool:
+        """Whether the whole interval is below zero."""
+        return self.high < 0
+
+
+def interval(table: np.ndarray, score: Score, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Interval of a score computed from counts summed over the set.
+
+    Args:
+        table: (N, *shape) counts of each image, such as `PerImage.table`.
+        score: of summed counts, such as `tallies.miou` or `tallies.iou`; it is called with a leading axis of resamples.
+        resamples: sets drawn.
+        seed: same seed, same N: same draws.
+        level: share of the resamples within the interval, the rest halved between both ends.
+    """
+    drawn = [score(sums) for (sums,) in _resampled(resamples, seed, table)]
+    return _interval(score(table.sum(0)), drawn, level, len(table))
+
+
+def difference(first: np.ndarray, second: np.ndarray, score: Score, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Interval of score(second) - score(first) of two runs on the same images, in the same order (`PerImage.paired_with`).
+
+    Each resample draws the same images for both, so what makes an image hard or easy for both cancels. Arguments as in `interval`.
+
+    Raises:
+        ValueError: if the tables differ in shape.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"counts of shape {first.shape} and {second.shape} cannot be paired; score both runs on the same images")
+    drawn = [score(b) - score(a) for a, b in _resampled(resamples, seed, first, second)]
+    return _interval(score(second.sum(0)) - score(first.sum(0)), drawn, level, len(first))
+
+
+def values_table(values: np.ndarray) -> np.ndarray:
+    """(N, ..., 2) a table for `value_mean` from a value of each image (N, ...); NaN where an image has none.
+
+    For scores that are means over images, such as BF and surface distances:
+    `interval(values_table(bf.per_image), value_mean)`.
+    """
+    has = ~np.isnan(values)
+    return np.stack([np.where(has, values, 0.0), has], -1)
+
+
+def value_mean(sums: np.ndarray) -> np.ndarray:
+    """(...): mean over the images that have a value, from sums over a `values_table`."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
+def _resampled(resamples: int, seed: int, *tables: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Sums (R', *shape) of each table over the same drawn images, a block of resamples at a time."""
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; draw at least 1 (1000 for an interval)")
+    images, shape = len(tables[0]), tables[0].shape[1:]
+    flat = [np.asarray(table, np.float64).reshape(images, -1) for table in tables]  # sums of counts are exact up to 2^53
+    random = np.random.default_rng(seed)
+    block = max(1, min(resamples, _DRAWS // max(images, 1)))
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        if images == 0:
+            yield tuple(np.zeros((size, *shape)) for _ in tables)
+            continue
+        drawn = random.integers(0, images, (size, images)) + images * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * images).reshape(size, images).astype(np.float64)
+        yield tuple((times @ rows).reshape(size, *shape) for rows in flat)
+
+
+def _interval(value: np.ndarray, blocks: list[np.ndarray], level: float, images: int) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1 (0.95)")
+    drawn = np.concatenate(blocks)
+    low, high = np.full(drawn.shape[1:], np.nan), np.full(drawn.shape[1:], np.nan)
+    known = ~np.isnan(drawn).all(0) & (images > 1)
+    if known.any():
+        low[known], high[known] = np.nanquantile(drawn[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    if drawn.ndim == 1:
+        return Interval(float(value), float(low), float(high), level, images)
+    return Interval(np.asarray(value), low, high, level, images)

@@ -1,0 +1,136 @@
+"""Warping error: disagreements of two binary maps that no deformation of the truth can explain.
+
+Source: Jain et al. 2010 (CVPR, "Boundary learning by optimization with topological constraints"); simple points: Kong & Rosenfeld 1989
+(Computer Vision, Graphics and Image Processing 48), section 4; number of components around a pixel: Yokoi et al. 1975.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from perpixel.metrics.bands import steps_to_change
+from perpixel.metrics.pairs import integer_map
+
+# Around a pixel, as bits 0 to 7 of the index into a table: from the right neighbour counter-clockwise.
+_AROUND = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)])
+
+
+class Warping:
+    """Streaming pixel error and warping error of binary maps (1: inside of cells, 0: membrane), over the pixels of the set.
+
+    The warping error is the share of pixels in which the prediction differs from the warped truth (`warp`): what a shifted or thicker
+    membrane costs in pixels is gone, and splits, mergers, holes and lost objects remain. `counts` is int64: pixels, pixels that differ,
+    pixels that still differ after warping.
+    """
+
+    def __init__(self, connectivity: int = 4, reach: int | None = None) -> None:
+        """`connectivity` of the inside (4 or 8; the outside has the other); `reach` as in `warp`."""
+        _check(connectivity, reach)
+        self.connectivity = connectivity
+        self.reach = reach
+        self.counts = np.zeros(3, np.int64)
+
+    def update(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray) -> None:
+        """Add one image: (H, W) each, 0 and anything else."""
+        warped = warp(truth, predicted, self.connectivity, self.reach)
+        true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
+        self.counts += np.array([true.size, (true != guess).sum(), (warped != guess).sum()], np.int64)
+
+    def merge(self, other: "Warping") -> None:
+        """Add the counts of another one with the same settings."""
+        if (other.connectivity, other.reach) != (self.connectivity, self.reach):
+            raise ValueError("cannot merge warping errors of different connectivity or reach")
+        self.counts += other.counts
+
+    @property
+    def pixel_error(self) -> float:
+        """Share of the pixels that differ."""
+        return int(self.counts[1]) / int(self.counts[0]) if self.counts[0] else math.nan
+
+    @property
+    def warping_error(self) -> float:
+        """Share of the pixels that still differ when the truth is warped onto the prediction."""
+        return int(self.counts[2]) / int(self.counts[0]) if self.counts[0] else math.nan
+
+
+def warp(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, connectivity: int = 4, reach: int | None = None) -> np.ndarray:
+    """The truth, deformed towards the prediction without a change of its topology.
+
+    Pixels that differ are flipped one after the other where they are simple, that is where the flip joins, parts, opens and closes
+    nothing; each flip lets its neighbours be looked at again, until no pixel that differs is simple. The order is that of a queue, from the
+    boundaries inwards. The least number of remaining disagreements over all warps is hard to find; this is the greedy bound that the field
+    reports, and another order may leave a few pixels more or fewer. Beyond the image's border is 0.
+
+    Args:
+        truth: (H, W) integers or booleans, 0 and anything else.
+        predicted: likewise.
+        connectivity: of the pixels that are not 0: 4 (a line of one pixel parts two cells) or 8; pixels of 0 have the other.
+        reach: only pixels within as many steps (a king's) of the truth's boundary are flipped; None: all.
+
+    Returns:
+        (H, W) bool.
+    """
+    _check(connectivity, reach)
+    true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
+    if true.shape != guess.shape:
+        raise ValueError(f"truth is {true.shape} and predicted {guess.shape}; they must have the same (height, width)")
+    free = true != guess
+    if reach is not None:
+        free &= steps_to_change(true.astype(np.int32), reach, border=False) <= reach
+    warped = np.pad(true, 1)
+    _flip(warped, np.pad(free, 1), simple_table(connectivity), _AROUND)
+    return warped[1:-1, 1:-1]
+
+
+def simple_table(connectivity: int) -> np.ndarray:
+    """(256,) bool: whether a pixel is simple, by the bits of its neighbours as in `_AROUND`.
+
+    A pixel is simple where exactly one component of each kind touches it, which one number tells: Yokoi's, over the 4-connected kind.
+    """
+    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    if connectivity == 8:
+        bits = 1 - bits  # then it is the pixels of 0 that are 4-connected
+    straight, diagonal, after = bits[:, 0::2], bits[:, 1::2], np.roll(bits[:, 0::2], -1, 1)
+    return np.asarray((straight - straight * diagonal * after).sum(1) == 1)
+
+
+def _check(connectivity: int, reach: int | None) -> None:
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity is {connectivity}; pixels have 4 or 8 neighbours")
+    if reach is not None and reach < 1:
+        raise ValueError(f"reach is {reach}; give at least 1 pixel, or None for no limit")
+
+
+@njit(cache=True, nogil=True)
+def _flip(warped, free, simple, around):  # type: ignore[no-untyped-def]
+    """Flip simple pixels of `warped` where `free`, which then no longer are; both have a frame of False."""
+    height, width = warped.shape
+    queue = np.empty((height * width, 2), np.int32)  # a ring: a pixel waits in it at most once
+    waiting = free.copy()
+    head, size = 0, 0
+    for y in range(height):
+        for x in range(width):
+            if free[y, x]:
+                queue[size, 0], queue[size, 1] = y, x
+                size += 1
+    while size:
+        y, x = queue[head]
+        head, size = (head + 1) % len(queue), size - 1
+        waiting[y, x] = False
+        pattern = 0
+        for bit in range(8):
+            if warped[y + around[bit, 0], x + around[bit, 1]]:
+                pattern |= 1 << bit
+        if not simple[pattern]:
+            continue
+        warped[y, x] = not warped[y, x]
+        free[y, x] = False
+        for bit in range(8):
+            v, u = y + around[bit, 0], x + around[bit, 1]
+            if free[v, u] and not waiting[v, u]:
+                waiting[v, u] = True
+                place = (head + size) % len(queue)
+                queue[place, 0], queue[place, 1] = v, u
+                size += 1

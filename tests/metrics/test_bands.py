@@ -1,0 +1,171 @@
+"""Trimap and Boundary IoU against dilations and erosions of masks, one class and one width at a time."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from sklearn.metrics import confusion_matrix
+
+from perpixel.metrics.bands import BoundaryIoU, Trimap, steps_to_change
+
+VOID = 255
+SQUARE = np.ones((3, 3), bool)
+
+
+def pair(seed, shape=(50, 41), classes=4):
+    """Smooth regions with some void, and a prediction moved by two pixels with noise; the last class does not occur."""
+    rng = np.random.default_rng(seed)
+    fields = ndimage.gaussian_filter(rng.standard_normal((classes - 1, shape[0] + 4, shape[1] + 4)), (0, 4, 4))
+    regions = fields.argmax(0).astype(np.uint8)
+    labels, predicted = regions[2:-2, 2:-2].copy(), regions[4:, :-4].copy()
+    noise = rng.random(shape) < 0.05
+    predicted[noise] = rng.integers(0, classes - 1, noise.sum())
+    labels[ndimage.gaussian_filter(rng.standard_normal(shape), 2) > 0.18] = VOID
+    return labels, predicted
+
+
+def band(labels, width, around):
+    """Labelled pixels with a boundary pixel in the (2w + 1) square, by dilation."""
+    if around == "void":
+        near = ndimage.maximum_filter(labels == VOID, 2 * width + 1)
+    else:
+        near = np.zeros(labels.shape, bool)
+        for value in np.unique(labels):
+            near |= (labels == value) & ndimage.maximum_filter(labels != value, 2 * width + 1)
+    return near & (labels != VOID)
+
+
+@pytest.mark.parametrize("around", ["void", "changes"])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_width_equals_a_confusion_matrix_over_the_dilated_boundary(seed, around):
+    """Chen et al. 2015, section 5.2, as DeepLab's evaluation script has it; the matrix is scikit-learn's."""
+    trimap = Trimap(4, around=around)
+    images = [pair(10 * seed + number) for number in range(2)]
+    for labels, predicted in images:
+        trimap.update(labels, predicted)
+    for place, width in enumerate(range(1, 41)):
+        inside = [(labels[where], predicted[where]) for labels, predicted in images for where in [band(labels, width, around)]]
+        truth, guess = (np.concatenate(values) for values in zip(*inside, strict=True))
+        matrix = confusion_matrix(truth, guess, labels=range(4))
+        hits = matrix.diagonal()
+        np.testing.assert_array_equal(trimap.counts[place], np.stack([hits, matrix.sum(1), matrix.sum(0)], 1))
+        with np.errstate(invalid="ignore"):
+            iou = hits / (matrix.sum(1) + matrix.sum(0) - hits)
+        np.testing.assert_allclose(trimap.iou[place], iou)
+        assert trimap.accuracy[place] == pytest.approx(hits.sum() / matrix.sum())
+        assert trimap.miou()[place] == pytest.approx(np.nanmean(iou))
+    assert np.isnan(trimap.iou[:, 3]).all()
+
+
+def test_distances_to_a_change_equal_the_chessboard_transform_of_each_mask():
+    """scipy.ndimage.distance_transform_cdt, class by class."""
+    labels = pair(5)[0]
+    for border in (False, True):
+        expected = np.zeros(labels.shape, int)
+        for value in np.unique(labels):
+            mask = np.pad(labels == value, 1, constant_values=not border)
+            expected[labels == value] = ndimage.distance_transform_cdt(mask, "chessboard")[1:-1, 1:-1][labels == value]
+        np.testing.assert_array_equal(steps_to_change(labels, 1000, border), expected)
+        np.testing.assert_array_equal(steps_to_change(labels, 3, border), np.minimum(expected, 4))
+    assert (steps_to_change(np.zeros((3, 4), int), 7, border=False) == 8).all()
+
+
+def obvious_boundary_counts(labels, predicted, classes, width):
+    """Pad with zeros, erode d times with a 3x3 square, take what was lost (Cheng et al. 2021)."""
+    predicted = np.where(labels == VOID, VOID, predicted)
+    d = max(1, round(width * math.hypot(*labels.shape)))
+    counts = []
+    for k in range(classes):
+        true, drawn = (mask & ~ndimage.binary_erosion(np.pad(mask, 1), SQUARE, d)[1:-1, 1:-1] for mask in (labels == k, predicted == k))
+        counts.append([(true & drawn).sum(), true.sum(), drawn.sum()])
+    return np.array(counts)
+
+
+@pytest.mark.parametrize("width", [0.005, 0.02, 0.1, 0.5])
+def test_boundary_iou_equals_repeated_erosion_of_each_class(width):
+    score, total = BoundaryIoU(4, width), np.zeros((4, 3), int)
+    for seed in range(4):
+        labels, predicted = pair(seed)
+        score.update(labels, predicted)
+        total += obvious_boundary_counts(labels, predicted, 4, width)
+    np.testing.assert_array_equal(score.images.total, total)
+    with np.errstate(invalid="ignore"):
+        expected = total[:, 0] / (total[:, 1] + total[:, 2] - total[:, 0])
+    np.testing.assert_allclose(score.per_class, expected)
+    assert score.mean() == pytest.approx(np.nanmean(expected))
+
+
+def test_a_shift_by_one_pixel_costs_little_iou_and_much_boundary_iou():
+    labels = np.zeros((100, 100), np.uint8)
+    labels[20:80, 20:80] = 1
+    moved = np.roll(labels, 1, 1)
+    score = BoundaryIoU(2, 0.01)  # a band of one pixel
+    score.update(labels, moved)
+    assert ((labels & moved).sum() / (labels | moved).sum()) > 0.96
+    assert score.per_class[1] == pytest.approx(118 / (2 * 236 - 118))  # rings of 236: top and bottom share 59 pixels each
+
+
+def test_a_perfect_prediction_scores_one_whatever_it_says_on_void():
+    labels, predicted = pair(1)
+    perfect = np.where(labels == VOID, predicted, labels)
+    score, trimap = BoundaryIoU(4), Trimap(4)
+    score.update(labels, perfect)
+    trimap.update(labels, perfect)
+    assert score.mean() == 1
+    assert (trimap.accuracy == 1).all()
+    assert (trimap.miou() == 1).all()
+
+
+def test_void_alone_and_no_boundary_give_nan_and_poison_nothing():
+    void, flat = np.full((8, 8), VOID, np.uint8), np.zeros((8, 8), np.uint8)
+    score, trimap = BoundaryIoU(4), Trimap(4)
+    score.update(void, flat)
+    trimap.update(void, flat)
+    trimap.update(flat, flat)
+    assert math.isnan(score.mean())
+    assert np.isnan(trimap.accuracy).all()
+    labels, _ = pair(1)
+    for each in (score, trimap):
+        each.update(labels, np.where(labels == VOID, 0, labels))
+    assert score.mean() == 1
+    assert (trimap.accuracy == 1).all()
+
+
+def test_merged_parts_equal_one_stream():
+    for make in (lambda: BoundaryIoU(4), lambda: Trimap(4, keep_images=True)):
+        whole, parts = make(), [make(), make()]
+        for seed in range(4):
+            whole.update(*pair(seed), name=str(seed))
+            parts[seed // 2].update(*pair(seed), name=str(seed))
+        parts[0].merge(parts[1])
+        np.testing.assert_array_equal(parts[0].images.table, whole.images.table)
+        assert whole.images.table.dtype == np.int64
+    np.testing.assert_array_equal(whole.counts, parts[0].counts)
+    np.testing.assert_array_equal(whole.counts, whole.images.total)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 2)])
+def test_the_smallest_images_are_scored(shape):
+    labels, predicted = np.random.default_rng(3).integers(0, 2, (2, *shape)).astype(np.uint8)
+    score, trimap = BoundaryIoU(2), Trimap(2)
+    score.update(labels, predicted)
+    trimap.update(labels, predicted)
+    np.testing.assert_array_equal(score.images.total, obvious_boundary_counts(labels, predicted, 2, 0.02))
+    assert trimap.counts[-1, :, 1].sum() == (labels.size if len(np.unique(labels)) == 2 else 0)
+
+
+def test_bad_settings_are_named():
+    for widths in ([], [0, 1], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="widths"):
+            Trimap(2, widths)
+    with pytest.raises(ValueError, match="changes or void"):
+        Trimap(2, around="edges")
+    with pytest.raises(ValueError, match="fraction"):
+        BoundaryIoU(2, 15)
+    with pytest.raises(ValueError, match="different"):
+        Trimap(2).merge(Trimap(2, [1, 2]))
+    with pytest.raises(ValueError, match="does not"):
+        Trimap(2).merge(Trimap(2, keep_images=True))
+    with pytest.raises(ValueError, match="different"):
+        BoundaryIoU(2).merge(BoundaryIoU(3))
