@@ -1,9 +1,9 @@
-"""Runs the README's commands on real sets and writes what they reached to benchmarks/results/accuracy-SET[-MODEL].json.
+"""Runs the README's commands on real sets and writes what they reached to benchmarks/results/accuracy-SET[-RECIPE].json.
 
-python benchmarks/accuracy.py SET --data FOLDER [--model NAME] [--weights FILE] [--minutes M]
+python benchmarks/accuracy.py SET --data FOLDER [--recipe NAME] [--set KEY=VALUE] [--weights FILE] [--minutes M]
 
 FOLDER holds camvid, msrc21 and isbi2012 in the layouts that `perpixel check` prints for them; `sample` needs no
-folder. With --model, no scores are asked for.
+folder. With --recipe, no scores are asked for.
 """
 
 import argparse
@@ -32,12 +32,14 @@ SETS = {
 }
 
 
-def command(name: str, data: Path, model: str | None, weights: Path | None, minutes: float, out: Path) -> list[str]:
+def command(name: str, data: Path, recipe: str | None, settings: list[str], weights: Path | None, minutes: float, out: Path) -> list[str]:
     """The command a person would type."""
     if name == "sample":
         return ["perpixel", "demo", "-o", str(out), "--minutes", str(minutes)]
     words = ["perpixel", "train", *(str(data / path) for path in SETS[name][0]), "-o", str(out), "--minutes", str(minutes)]
-    words += ["--set", f"model.name={model}"] if model else []
+    words += ["--recipe", recipe] if recipe else []
+    for setting in settings:
+        words += ["--set", setting]
     return words + (["--set", f"model.encoder_weights={weights}"] if weights and name != "isbi2012" else [])
 
 
@@ -46,15 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", help="any name of `perpixel models`; the plan's without it")
+    parser.add_argument("--recipe", help="a shipped one, such as any name of `perpixel models`; the plan without it")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="as for `perpixel train`")
     parser.add_argument("--weights", type=Path, help="a file of mobilenetv2_100 for camvid and msrc21")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="folder of the run; a temporary one without it")
     given = parser.parse_args()
     minutes = given.minutes or SETS[given.set][1]
     out = given.out or Path(tempfile.mkdtemp()) / given.set
-    words = command(given.set, given.data, given.model, given.weights, minutes, out)
-    asked: dict[str, float] = {} if given.model else SETS[given.set][2]
+    words = command(given.set, given.data, given.recipe, given.settings, given.weights, minutes, out)
+    asked: dict[str, float] = {} if given.recipe else SETS[given.set][2]
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", *words], check=True)
     seconds = time.monotonic() - start
@@ -75,7 +78,7 @@ def main() -> None:
         "iou": classes,
     }
     RESULTS.mkdir(exist_ok=True)
-    name = "-".join(part for part in (given.set, given.model) if part)
+    name = "-".join(part for part in (given.set, given.recipe) if part)
     (RESULTS / f"accuracy-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

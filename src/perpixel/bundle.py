@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
@@ -41,6 +41,16 @@ WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
 
 
+class RefinerCard(BaseModel):
+    """The refiner that tuning found for a model, and what it showed on the validation images."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    options: dict[str, Any] = {}
+    gain: dict[str, Any] = {}  # the score before and after, and the interval of the difference
+
+
 class Card(BaseModel):
     """The metadata of a bundle, in plain JSON types."""
 
@@ -62,6 +72,7 @@ class Card(BaseModel):
     overlap: int
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
+    refiner: RefinerCard | None = None
 
 
 @dataclass
@@ -78,6 +89,22 @@ class Bundle:
     @property
     def label_map(self) -> LabelMap:
         return LabelMap.from_dict(self.card.label_map)
+
+    def refiner(self, choice: str = "bundle") -> nn.Module | None:
+        """The refiner for this model's scores, on its device.
+
+        Args:
+            choice: "bundle": the one that `perpixel tune` put there, if any; "none"; or the name of one, with its default options.
+
+        Raises:
+            ValueError: for an unknown name, or a bundle whose refiner can't be built.
+        """
+        if choice == "none" or (choice == "bundle" and self.card.refiner is None):
+            return None
+        from perpixel.refinement import build_refiner  # its compiled loops take as long to load as a small prediction takes
+
+        spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
+        return build_refiner(spec.name, spec.options).to(next(self.model.parameters()).device)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -31,6 +31,7 @@ Classes = Annotated[str | None, typer.Option(help="Class names: a file with one 
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="A mask value's meaning: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)
 ]
+Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 
@@ -95,6 +96,7 @@ def evaluate(
     masks: Masks = None,
     split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Else val where there are parts.")] = None,
     label: Labels = None,
+    refine: Refine = "bundle",
     json: Json = False,
 ) -> None:
     """Score a bundle on images with masks: one confusion matrix over the set, and the loss of each image."""
@@ -102,7 +104,7 @@ def evaluate(
     from perpixel.evaluate import render
 
     with _live(json, "scoring") as progress:
-        result = run(bundle, images, masks, split=split, labels=_labels(label), progress=progress)
+        result = run(bundle, images, masks, split=split, labels=_labels(label), refine=refine, progress=progress)
     if json:
         _print_json(result.to_json())
     else:
@@ -124,6 +126,7 @@ def predict(
             min=1, help="Mean of so many predictions with dropout on; also OUT/uncertainty: float16 .npy, (H, W).", show_default=False
         ),
     ] = None,
+    refine: Refine = "bundle",
 ) -> None:
     """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size."""
     from perpixel.predict import load, predict_files
@@ -131,13 +134,55 @@ def predict(
     console = Console()
     with _live(False, "predicting") as progress:
         result = predict_files(
-            load(bundle), inputs, out, with_overlay=overlay, with_probabilities=probabilities, samples=samples, progress=progress
+            load(bundle, refine=refine), inputs, out, with_overlay=overlay, with_probabilities=probabilities, samples=samples, progress=progress
         )
     console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     if result.damaged:
         raise typer.Exit(2)
+
+
+@app.command()
+def tune(
+    bundle: Bundle,
+    images: Images,
+    masks: Masks = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Wall-clock budget.")] = 10.0,
+    refiner: Annotated[list[str] | None, typer.Option(help="Search only this one; may be repeated.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="The part to search on: val, or another.")] = "val",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
+    json: Json = False,
+) -> None:
+    """Search a refiner (CRF, MRF) for a bundle; it is written into the bundle only where its gain is shown to be real."""
+    from perpixel.tune import render
+    from perpixel.tune import tune as run
+
+    with _live(json, "tuning") as progress:
+        chosen = {"refiners": refiner} if refiner else {}
+        result = run(bundle, images, masks, minutes=minutes, split=split, write=not dry_run, progress=progress, **chosen)
+    if json:
+        _print_json(result.to_json())
+    else:
+        render(result, Console())
+
+
+@app.command()
+def refine(
+    image: Annotated[Path, typer.Argument(help="The image that the scores belong to.")],
+    scores: Annotated[Path, typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label image.")] = Path("refined"),
+    refiner: Annotated[str, typer.Option(help="dense_crf, grid_mrf or gaussian_crf.")] = "dense_crf",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the refiner: iterations=5", show_default=False)] = None,
+    kind: Annotated[str, typer.Option(help="What the scores are: probabilities, logits, or auto.")] = "auto",
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (K, H, W).")] = False,
+) -> None:
+    """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices."""
+    from perpixel.recipe import read_settings
+    from perpixel.refine import refine_files
+
+    target = refine_files(image, scores, out, refiner, read_settings(set_ or ()), kind, probabilities)
+    Console().print(f"labels in [bold]{escape(str(target))}[/]")
 
 
 @app.command()

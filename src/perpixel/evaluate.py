@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from perpixel.bundle import Bundle, Card, load_bundle
 from perpixel.data.dataset import LabelledImages
@@ -71,10 +71,12 @@ def score(
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
+    refiner: nn.Module | None = None,
 ) -> Evaluation:
     """Scores of `model` (in eval mode) on the images of `indices`, one whole image at a time; tiles where one is larger than `tile`.
 
-    `keep(index, labels)` receives each prediction (H, W), for pictures. A damaged file is named in the result and left out.
+    `keep(index, labels)` receives each prediction (H, W), for pictures; `refiner` turns logits (N, K, H, W) and the image as read into
+    better ones. A damaged file is named in the result and left out.
     """
     device = next(model.parameters()).device
     result = Evaluation(Confusion(len(classes), device=device), list(classes))
@@ -86,6 +88,8 @@ def score(
             result.damaged[str(images.pairs[index].image)] = str(error)
             continue
         logits = predict_tiled(model, normalize(example.image.to(device)), tile, overlap).float()
+        if refiner is not None:
+            logits = refiner(logits[None], example.image[None])[0]
         labels = example.labels.to(device).long()
         predicted = logits.argmax(0)
         result.confusion.update(labels, predicted, ignore=images.label_map.ignore)
@@ -107,6 +111,7 @@ def evaluate(
     split: str | None = None,
     labels: Mapping[int, int] | None = None,
     device: str | None = None,
+    refine: str = "bundle",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores of a bundle on a folder of images and masks.
@@ -118,6 +123,7 @@ def evaluate(
             everything. A part that the layout leaves open is made as `perpixel train` makes it.
         labels: mask value -> class index or 255, over the bundle's own label map.
         device: where a bundle given as a path runs; None: on the GPU where there is one.
+        refine: "bundle": by the refiner in the bundle, if it has one; "none"; or the name of a refiner, with its default options.
 
     Raises:
         ValueError: nothing to score, or no file could be read.
@@ -128,7 +134,7 @@ def evaluate(
     layout = find_layout(images, masks)
     pairs = _pairs(layout, split, card, str(images))
     data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
-    result = score(bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress)
+    result = score(bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress, refiner=bundle.refiner(refine))
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")

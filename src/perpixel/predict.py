@@ -12,7 +12,7 @@ from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.dataset import conform
 from perpixel.data.display import overlay
 from perpixel.data.images import Picture, find_pictures, read_image
-from perpixel.data.writing import replacing, write_labels, write_rgb
+from perpixel.data.writing import write_array, write_labels, write_rgb
 from perpixel.models.model import SegmentationModel
 from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
 from perpixel.tiling import predict_tiled
@@ -23,8 +23,8 @@ Progress = Callable[[int, int, str], None]  # (done, of, what)
 class Segmenter:
     """A bundle in use: `perpixel.load("RUN/best.safetensors").predict("photo.jpg")`."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, refine: str = "bundle") -> None:
+        self.bundle, self.refiner = bundle, bundle.refiner(refine)
 
     @property
     def classes(self) -> list[str]:
@@ -37,7 +37,7 @@ class Segmenter:
         return self.bundle.card.colors
 
     def logits(self, image: np.ndarray | Tensor | Path | str) -> Tensor:
-        """(K, H, W) float32 real scores before softmax, at exactly the image's size, whatever its size.
+        """(K, H, W) float32 real scores before softmax, at exactly the image's size, whatever its size; refined where there is a refiner.
 
         Args:
             image: a file; an array (H, W) or (H, W, C); or a tensor (C, H, W); uint8, uint16 or floats 0..1.
@@ -50,7 +50,15 @@ class Segmenter:
     @torch.inference_mode()
     def _logits(self, pixels: np.ndarray, source: str) -> Tensor:
         """Logits of pixels (C, H, W) as `read_image` gives them (step 1); `source` names them in errors."""
-        return self._stitched(self.bundle.model, self._normalized(pixels, source))
+        return self._refined(self._stitched(self.bundle.model, self._normalized(pixels, source)), pixels)
+
+    def _refined(self, logits: Tensor, pixels: np.ndarray) -> Tensor:
+        if self.refiner is None:
+            return logits
+        card = self.bundle.card
+        image = torch.from_numpy(conform(pixels, card.bands, card.dtype, "image"))
+        refined: Tensor = self.refiner(logits[None], image[None])[0]  # 6 refine
+        return refined
 
     def _normalized(self, pixels: np.ndarray, source: str) -> Tensor:
         card, model = self.bundle.card, self.bundle.model
@@ -63,6 +71,8 @@ class Segmenter:
     def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
         """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
 
+        They are not refined: a refiner works on scores, and what the samples disagree about would be smoothed away.
+
         Its `uncertainty` (H, W) is the mean of the variance over the classes.
 
         Raises:
@@ -71,7 +81,7 @@ class Segmenter:
         return self._monte_carlo(*_read(image), samples, seed)
 
     def _monte_carlo(self, pixels: np.ndarray, source: str, samples: int, seed: int = 0) -> MonteCarlo:
-        return monte_carlo(self.bundle.model, self._normalized(pixels, source), samples, seed, self._stitched)
+        return monte_carlo(self.bundle.model, self._normalized(pixels, source), samples, seed, self._stitched)  # not refined
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
         """(K, H, W) float32 softmax probabilities; see `logits`."""
@@ -85,13 +95,15 @@ class Segmenter:
         return scores.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  # 7 argmax
 
 
-def load(bundle: Path | str, device: str | None = None) -> Segmenter:
+def load(bundle: Path | str, device: str | None = None, refine: str = "bundle") -> Segmenter:
     """A segmenter from a bundle file, on the GPU where there is one unless `device` says otherwise.
+
+    `refine`: "bundle": its scores are refined as `perpixel tune` found best, if it did; "none"; or the name of a refiner.
 
     Raises:
         ValueError: not a bundle, truncated, a pickle, or from a newer perpixel.
     """
-    return Segmenter(load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return Segmenter(load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu")), refine)
 
 
 @dataclass
@@ -149,9 +161,9 @@ def predict_files(
                 write_rgb(out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, segmenter.colors, ignore=unseen))
             if with_probabilities:
                 probabilities = scores.softmax(0) if sampled is None else scores
-                _write_array(out / "probabilities" / f"{picture.name}.npy", probabilities.half().cpu().numpy())
+                write_array(out / "probabilities" / f"{picture.name}.npy", probabilities.half().cpu().numpy())
             if sampled is not None:
-                _write_array(out / "uncertainty" / f"{picture.name}.npy", sampled.uncertainty.half().cpu().numpy())
+                write_array(out / "uncertainty" / f"{picture.name}.npy", sampled.uncertainty.half().cpu().numpy())
             result.written.append(target)
         if progress is not None:
             progress(done, len(pictures), picture.name)
@@ -200,11 +212,3 @@ def _refuse_collisions(pictures: Sequence[Picture], out: Path) -> None:
             both = f"{seen[picture.name]} and {picture}"
             raise ValueError(f"{both} would both be written to {out / picture.name}.png; predict them into two folders.")
         seen[picture.name] = picture
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """A .npy file. Not by `np.save`, which does not say why a write fell short, so that a full disk could not be told."""
-    array = np.ascontiguousarray(array)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)

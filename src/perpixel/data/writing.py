@@ -109,6 +109,14 @@ def write_rgb(path: Path, rgb: np.ndarray) -> None:
     _write_image(path, Image.fromarray(rgb))
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    """A .npy file. Not by `np.save`, which does not say why a write fell short, so that a full disk could not be told."""
+    array = np.ascontiguousarray(array)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
 def _write_image(path: Path, image: Image.Image) -> None:
     """Encode in memory first: Pillow reports a full disk without saying which error it was."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())

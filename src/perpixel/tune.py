@@ -1,0 +1,426 @@
+"""Tune: which refiner helps a bundle's scores, with which parameters, and whether the gain is real.
+
+The search goes from coarse to fine, as DeepLab's does (arXiv:1412.7062, section 5.1). Every candidate is scored image by image, and the gain is
+that of cross-validation: each half of the images is refined by what was best on the other half. What is searched on an image is therefore
+not measured on it, and a refiner that only fits the validation images gains nothing.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from perpixel.bundle import Bundle, RefinerCard, load_bundle, save_bundle
+from perpixel.data.dataset import LabelledImages
+from perpixel.data.images import FULL_SCALE
+from perpixel.data.layouts import find_layout, split_pairs
+from perpixel.data.masks import read_mask
+from perpixel.metrics import tallies
+from perpixel.metrics.boundary import BoundaryF
+from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
+from perpixel.metrics.region import Region
+from perpixel.refinement import REFINERS, build_refiner
+from perpixel.refinement.compatibility import fit_compatibility
+from perpixel.tiling import predict_tiled
+
+Progress = Callable[[int, int, str], None]  # (done, of, what)
+
+MEMORY = 4 * 2**30  # bytes of scores kept at a time; of a larger set, images at even distances are taken
+FOLDS = 2
+COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for what lies around the best of it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One refiner with the options that differ from its defaults."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def words(self) -> str:
+        """The options for people, label costs as a word."""
+        shown = {key: "learned" if key == "compatibility" else value for key, value in self.options.items() if value is not None}
+        return f"{self.name} " + ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+@dataclass
+class Tuning:
+    """What a search found.
+
+    Attributes:
+        chosen: best on all images; None where nothing was tried.
+        miou, boundary: gain by cross-validation and its interval over the images.
+        before, after: mIoU of the set without, and by cross-validation with a refiner.
+        accepted: whether the lower end of the interval of mIoU is above zero.
+        best: each refiner's best candidate and its mIoU on all images, which it was chosen on.
+    """
+
+    images: int
+    before: float
+    after: float = float("nan")
+    boundary_before: float = float("nan")
+    boundary_after: float = float("nan")
+    chosen: Candidate | None = None
+    miou: Interval | None = None
+    boundary: Interval | None = None
+    best: dict[str, tuple[Candidate, float]] = field(default_factory=dict)
+    tried: int = 0
+    left_out: int = 0  # images, for memory
+    damaged: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def accepted(self) -> bool:
+        return self.miou is not None and bool(self.miou.low > 0)
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether the gain is real, and why not."""
+        if self.chosen is None or self.miou is None:
+            return "no refiner could be tried in the time given; give more --minutes"
+        gain = f"{100 * self.miou.value:+.2f} points of mIoU ({100 * self.miou.low:+.2f} to {100 * self.miou.high:+.2f})"
+        if self.accepted:
+            return f"{self.chosen.words}: {gain}, which is real on {self.images} images"
+        if not np.isfinite(self.miou.low):
+            return f"{self.chosen.words}: {gain}; {self.images} image(s) tell nothing of others: the bundle stays as it is"
+        why = "the interval holds zero" if self.miou.high > 0 else "it makes the labels worse"
+        return f"{self.chosen.words}: {gain}; {why}, so the bundle stays as it is"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; None where there is no number."""
+        return {
+            "images": self.images,
+            "candidates": self.tried,
+            "miou_before": _plain(self.before),
+            "miou_after": _plain(self.after),
+            "miou_gain": _interval(self.miou),
+            "boundary_f_before": _plain(self.boundary_before),
+            "boundary_f_after": _plain(self.boundary_after),
+            "boundary_f_gain": _interval(self.boundary),
+            "accepted": self.accepted,
+            "verdict": self.verdict,
+            "chosen": None if self.chosen is None else {"name": self.chosen.name, "options": self.chosen.options},
+            "best": {name: {"options": found.options, "miou": _plain(score)} for name, (found, score) in self.best.items()},
+            "left_out": self.left_out,
+            "damaged": self.damaged,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def tune(
+    bundle: Path | str,
+    images: Path | str,
+    masks: Path | str | None = None,
+    *,
+    refiners: Sequence[str] = tuple(REFINERS),
+    minutes: float = 10.0,
+    split: str = "val",
+    write: bool = True,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Searches a refiner for a bundle on labelled images, and writes it into the bundle where its gain is real.
+
+    Args:
+        bundle: its path; rewritten in place, with the refiner, only where the interval of the gain in mIoU is above zero.
+        images, masks: any layout that `perpixel check` understands.
+        refiners: names in `REFINERS` to search among.
+        minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
+        split: the part to search on; label costs are learned from the masks of the part "train".
+        write: False only reports.
+        device: where to compute; None: on the GPU where there is one.
+
+    Raises:
+        ValueError: an unknown refiner, no images in the part, or none that could be read.
+    """
+    start = time.monotonic()
+    for name in refiners:
+        if name not in REFINERS:
+            raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")
+    if not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; a search needs more than 0")
+    path = Path(bundle)
+    loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    layout = find_layout(images, masks)
+    pairs = split_pairs([pair for pair in layout.pairs if pair.mask is not None], loaded.card.val_fraction, loaded.card.split_seed)
+    chosen = [pair for pair in pairs if pair.split == split]
+    if not chosen:
+        raise ValueError(f"{images}: no labelled images in the part '{split}' to tune on")
+    search = _Search(loaded, LabelledImages(chosen, loaded.label_map, loaded.card.bands, loaded.card.dtype, cache=False), progress)
+    costs = _learned_costs([pair.mask for pair in pairs if pair.split == "train"], loaded)
+    deadline = start + 60 * minutes
+    for number, name in enumerate(refiners):
+        now = time.monotonic()
+        search.explore(name, costs, now + (deadline - now) / (len(refiners) - number))
+    result = search.result()
+    result.damaged = {**layout.damaged, **search.damaged}
+    result.seconds = time.monotonic() - start
+    if write and result.accepted and result.chosen is not None:
+        card = loaded.card.model_copy(
+            update={"refiner": RefinerCard(name=result.chosen.name, options=result.chosen.options, gain=_gain(result))}
+        )
+        save_bundle(path, loaded.model.state_dict(), card)
+    return result
+
+
+class _Search:
+    """Scores of the images, kept, and the counts of each candidate on each of them."""
+
+    def __init__(self, bundle: Bundle, images: LabelledImages, progress: Progress | None) -> None:
+        self.bundle, self.progress = bundle, progress
+        self.ignore, self.classes = bundle.label_map.ignore, len(bundle.card.classes)
+        self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # logits (1, K, H, W), image (1, C, H, W), labels (H, W)
+        self.damaged: dict[str, str] = {}
+        self.tables: dict[str, tuple[Candidate, np.ndarray]] = {}  # by its words and options: (N, K, 3) counts
+        self.left_out = self._predict(images)
+        if not self.scores:
+            raise ValueError(f"none of {len(images)} images could be read. The first: {next(iter(self.damaged.values()))}")
+        self.plain = self._counts(None)
+        # Halves that alternate: neighbouring frames of a film fall into different ones, and both hold all of its parts.
+        self.folds = [np.arange(len(self.scores)) % FOLDS == fold for fold in range(FOLDS)]
+
+    @torch.inference_mode()
+    def _predict(self, images: LabelledImages) -> int:
+        """Keeps scores of as many images as memory allows; returns how many it left out."""
+        card, device = self.bundle.card, next(self.bundle.model.parameters()).device
+        todo, used, step = list(range(len(images))), 0, 0
+        for place, index in enumerate(todo):
+            try:
+                example = images[index]
+            except ValueError as error:
+                self.damaged[str(images.pairs[index].image)] = str(error)
+                continue
+            if not step:
+                each = example.labels.numel() * (4 * self.classes + 8)
+                step = max(1, -(-len(todo) * each // MEMORY))
+            if place % step:
+                continue
+            logits = predict_tiled(self.bundle.model, self.bundle.normalize(example.image.to(device)), card.tile, card.overlap).float()
+            self.scores.append((logits[None], example.image[None], example.labels))
+            used += 1
+            self._say(place + 1, len(todo), "predicting")
+        return len(todo) - used - len(self.damaged)
+
+    def explore(self, name: str, costs: list[list[float]] | None, until: float) -> None:
+        """Coarse grid, then what lies around the best, until time is over. The first candidate is always tried."""
+        start = time.monotonic()
+        scale = FULL_SCALE[self.bundle.card.dtype] / 255
+        coarse = list(_coarse(name, scale))
+        thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
+        ranked = []
+        for number, candidate in enumerate(coarse):
+            if number and time.monotonic() > start + COARSE_SHARE * (until - start):
+                break
+            ranked.append((self._miou(self._counts(candidate, thin).sum(0)), candidate))
+            self._say(number + 1, len(coarse), f"{name}: coarse")
+        ranked.sort(key=lambda entry: -entry[0])
+        for _, candidate in ranked[:1]:
+            self._try(candidate)
+        tried = 1
+        for candidate in self._around(name, ranked, costs, scale):
+            if time.monotonic() > until:
+                break
+            tried += self._try(candidate)
+            self._say(tried, tried + 1, f"{name}: fine")
+
+    def _thinned(self, candidate: Candidate, count: int, seconds: float) -> list[int]:
+        """Images for the coarse grid: all, or those at even distances that the time allows."""
+        start = time.monotonic()
+        self._counts(candidate, [0])  # loads what is compiled
+        start = time.monotonic()
+        self._counts(candidate, [0])
+        each = time.monotonic() - start
+        step = max(1, int(np.ceil(len(self.scores) * each * count / max(seconds, 1e-9))))
+        return list(range(0, len(self.scores), min(step, max(1, len(self.scores) // 4))))
+
+    def _around(
+        self, name: str, ranked: list[tuple[float, Candidate]], costs: list[list[float]] | None, scale: float
+    ) -> Iterator[Candidate]:
+        """Candidates near the best so far, nearer and nearer: those of each half of the images, of all, and the runners-up."""
+        for _, candidate in ranked[1:3]:
+            yield candidate
+        for step in (2**0.5, 2**0.25):
+            for centre in self._leaders(name):
+                yield from _neighbours(centre, step, costs)
+
+    def _leaders(self, name: str) -> list[Candidate]:
+        """The best candidate of this refiner on each half and on all images."""
+        own = [entry for entry in self.tables.values() if entry[0].name == name]
+        picks = [self._best(own, fold)[0] for fold in [*self.folds, np.ones(len(self.scores), bool)] if fold.any()]
+        return list({_key(candidate): candidate for candidate in picks}.values())
+
+    def _try(self, candidate: Candidate) -> bool:
+        """Counts a candidate on all images, once."""
+        if _key(candidate) in self.tables:
+            return False
+        self.tables[_key(candidate)] = (candidate, self._counts(candidate))
+        return True
+
+    @torch.inference_mode()
+    def _counts(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> np.ndarray:
+        """(N, K, 3) tallies of the images, refined by the candidate or as they are."""
+        region = Region(self.classes)
+        for _, labels, predicted in self._labelled(candidate, indices):
+            region.update(labels, predicted, ignore=self.ignore)
+        return region.images.table
+
+    def _labelled(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        refiner = None if candidate is None else self._built(candidate)
+        for index in range(len(self.scores)) if indices is None else indices:
+            logits, image, labels = self.scores[index]
+            refined = logits if refiner is None else refiner(logits, image)
+            yield index, labels, refined[0].argmax(0).cpu()
+
+    def _built(self, candidate: Candidate) -> nn.Module:
+        return build_refiner(candidate.name, candidate.options).to(self.scores[0][0].device)
+
+    def _miou(self, tally: np.ndarray) -> float:
+        return float(tallies.miou(tally))
+
+    def _best(self, entries: Iterable[tuple[Candidate, np.ndarray]], images: np.ndarray) -> tuple[Candidate, np.ndarray]:
+        """The candidate of the highest mIoU on some of the images, with its counts on all; the earlier of equals."""
+        return max(entries, key=lambda entry: np.nan_to_num(self._miou(entry[1][images].sum(0)), nan=-1.0))
+
+    def result(self) -> Tuning:
+        """The gain by cross-validation, and the best on all images."""
+        everything = np.ones(len(self.scores), bool)
+        found = Tuning(len(self.scores), self._miou(self.plain.sum(0)), tried=len(self.tables), left_out=self.left_out)
+        entries = list(self.tables.values())
+        if not entries:
+            return found
+        found.chosen = self._best(entries, everything)[0]
+        for name in {candidate.name for candidate, _ in entries}:
+            own, table = self._best([entry for entry in entries if entry[0].name == name], everything)
+            found.best[name] = (own, self._miou(table.sum(0)))
+        held_out, boundary = self.plain.copy(), BoundaryF(self.classes)
+        plain_boundary = BoundaryF(self.classes)
+        for fold in self.folds:
+            others = ~fold if (~fold).any() else fold
+            winner, table = self._best(entries, others)
+            held_out[fold] = table[fold]
+            places = np.flatnonzero(fold).tolist()
+            with torch.inference_mode():
+                for into, candidate in ((boundary, winner), (plain_boundary, None)):
+                    for index, labels, predicted in self._labelled(candidate, places):
+                        into.update(labels, predicted, ignore=self.ignore, name=str(index))
+        found.after = self._miou(held_out.sum(0))
+        found.miou = difference(self.plain, held_out, tallies.miou)
+        before, after = (values_table(score.per_image) for score in (plain_boundary, boundary))
+        found.boundary = difference(before, after, value_mean)
+        found.boundary_before, found.boundary_after = plain_boundary.score, boundary.score
+        return found
+
+    def _say(self, done: int, of: int, what: str) -> None:
+        if self.progress is not None:
+            self.progress(done, of, what)
+
+
+def _learned_costs(masks: Sequence[Any], bundle: Bundle) -> list[list[float]] | None:
+    """Label costs of the training masks; None where there is nothing to learn them from."""
+    label_map, classes = bundle.label_map, len(bundle.card.classes)
+    if classes < 2:
+        return None
+
+    def readable() -> Iterator[np.ndarray]:
+        for mask in masks:
+            try:
+                labels = label_map(read_mask(mask), str(mask))
+            except ValueError:  # a damaged mask; training and `check` name it
+                continue
+            yield labels
+
+    try:
+        costs = fit_compatibility(readable(), classes, ignore=label_map.ignore)
+    except ValueError:  # no training masks, or no two classes that touch
+        return None
+    return [[round(value, 4) for value in row] for row in costs.tolist()]
+
+
+def _coarse(name: str, scale: float) -> Iterator[Candidate]:
+    """The first grid of a refiner; `scale` brings bandwidths of colours to the image's type."""
+    if name == "dense_crf":
+        # Around DeepLab's grids (xy 30 to 100, rgb 3 to 20): weights of 3 and 10, the smoothness kernel fixed at 3 and 3.
+        for colour, xy, weight in itertools.product((5.0, 13.0, 30.0), (15.0, 50.0), (1.0, 4.0, 10.0)):
+            yield Candidate(name, {"kernels": [_appearance(xy, colour * scale, weight), {"xy": 3.0, "weight": 1.0}]})
+    elif name == "grid_mrf":
+        for strength, floor in itertools.product((0.3, 1.0, 3.0, 10.0), (0.0, 0.3)):
+            yield Candidate(name, {"strength": strength, "floor": floor, "neighbours": 8})
+    else:
+        for weight, sharpness in itertools.product((1.0, 4.0, 16.0, 64.0), (0.5, 1.0, 4.0)):
+            yield Candidate(name, {"weight": weight, "sharpness": sharpness, "neighbours": 8})
+
+
+def _appearance(xy: float, colour: float, weight: float) -> dict[str, float]:
+    return {"xy": xy, "colour": colour, "weight": weight}
+
+
+def _neighbours(centre: Candidate, step: float, costs: list[list[float]] | None) -> Iterator[Candidate]:
+    """What differs from a candidate in one number by a factor of `step`, and with the label costs of the training masks."""
+    options = centre.options
+    if costs is not None and options.get("compatibility") is None:
+        learned: dict[str, Any] = {"compatibility": costs}
+        if centre.name == "grid_mrf":
+            learned["repair_metric"] = True
+        if centre.name == "gaussian_crf":
+            learned |= {"labels": "full", "classes": len(costs)}
+        yield Candidate(centre.name, {**options, **learned})
+    if centre.name == "dense_crf":
+        for place, key in itertools.product(range(len(options["kernels"])), ("weight", "colour", "xy")):
+            for factor in (step, 1 / step):
+                kernels = [dict(kernel) for kernel in options["kernels"]]
+                if key in kernels[place]:
+                    kernels[place][key] = round(kernels[place][key] * factor, 3)
+                    yield Candidate(centre.name, {**options, "kernels": kernels})
+        return
+    for key in ("strength", "floor", "weight", "sharpness"):
+        for factor in (step, 1 / step):
+            if options.get(key):
+                yield Candidate(centre.name, {**options, key: round(options[key] * factor, 4)})
+
+
+def _key(candidate: Candidate) -> str:
+    return f"{candidate.name} {sorted(candidate.options.items())}"
+
+
+def _gain(result: Tuning) -> dict[str, Any]:
+    return {key: value for key, value in result.to_json().items() if key.startswith(("miou", "boundary", "images"))}
+
+
+def _interval(found: Interval | None) -> dict[str, float | None] | None:
+    return None if found is None else {"value": _plain(found.value), "low": _plain(found.low), "high": _plain(found.high)}
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def render(result: Tuning, console: Console) -> None:
+    """The search as a table for people."""
+    table = Table("refiner", "best options", "mIoU on the images it was searched on", title=f"{result.tried} candidates, {result.images} images")
+    for name, (candidate, score) in sorted(result.best.items()):
+        table.add_row(name, escape(candidate.words.removeprefix(name).strip()), f"{100 * score:.2f} %")
+    console.print(table)
+    for label, before, after, gain in (
+        ("mIoU", result.before, result.after, result.miou),
+        ("boundary F (BF)", result.boundary_before, result.boundary_after, result.boundary),
+    ):
+        if gain is not None:
+            console.print(
+                f"{label}: {100 * before:.2f} % without, {100 * after:.2f} % with a refiner on images it was not searched on: "
+                f"[bold]{100 * gain.value:+.2f}[/] ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}, {100 * gain.level:.0f} % of resampled sets)"
+            )
+    if result.left_out:
+        console.print(f"[yellow]{result.left_out} images were left out[/]: their scores do not fit into memory", soft_wrap=True)
+    for why in result.damaged.values():
+        console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
+    console.print(escape(result.verdict), soft_wrap=True)
