@@ -93,7 +93,7 @@ class _Terms:
     def _factors(self, k: int, strength: float) -> tuple[Array, Array]:
         """(P or 1, 1) factors of a kernel's weights before and after the filter."""
         own = self.columns(k)
-        scale = np.float32(1 / (1 + 2.0 ** (1 + own.start - own.stop)))  # of the lattice's blur: Adams et al. as in their code
+        scale = np.float32(1 / (1 + 2.0 ** (1 + own.start - own.stop)))  # makes up for the blur's sum over d + 1 axes
         n = scale * self.filter(k, np.ones((len(self.splat), 1), np.float32), Rows(1))
         one = np.ones((1, 1), np.float32)
         how = self.kernels[k].normalization
@@ -180,7 +180,8 @@ class MeanField:
     def log_q(self) -> Array:
         """(K, P) log-probabilities."""
         if self._log_q is None:
-            shifted = self.unary.min(0) - self.unary
+            with np.errstate(over="ignore"):
+                shifted = np.maximum(self.unary.min(0) - self.unary, np.float32(-3e38))
             self._log_q = shifted - np.log(np.exp(shifted).sum(0))
         return self._log_q
 
@@ -260,17 +261,26 @@ def mean_field(
 ) -> Array:
     """Mean field from the softmax of the negative unary energies.
 
+    With symmetric normalisation and Potts costs the result is pydensecrf's, to 1e-5 in marginals. All transforms run in the same loops: a
+    diagonal or full one is applied to the vertices of the lattice, which are fewer than the pixels.
+
     Args:
-        unary: (K, P) energies, finite.
-        kernels: the pairwise terms.
+        unary: (K, P) energies of any size, finite; only their differences within a pixel count.
+        kernels: the pairwise terms. One with a transform of zeros is left out.
         iterations: updates of all pixels, >= 0.
-        damping: Q becomes damping * new + (1 - damping) * old; in (0, 1], 1 is none.
-        tolerance: stop when no marginal changes by as much; 0 never stops.
-        fast: early iterations on every second pixel.
-        threads: None is one for each processor.
+        damping: Q becomes damping * new + (1 - damping) * old; in (0, 1], 1 is none. Log-probabilities then end at -69.
+        tolerance: one more update after the first that changes every marginal by less is the last; 0 never stops early.
+        fast: updates before the last three are of every second pixel, which stands for its neighbour too. Single pixels may change
+            their label.
+        threads: None is one for each processor, at most 16, or NUMBA_NUM_THREADS where that is less. Each holds a table of its own.
 
     Returns:
-        (K, P) log-probabilities.
+        (K, P) float32 log-probabilities.
+
+    Raises:
+        ValueError: if shapes do not fit, a number is not finite or out of its range, or features span more than float32 resolves.
+
+    Source: Kraehenbuehl & Koltun 2011, algorithm 1; each pixel is its own neighbour too, as in the authors' code.
     """
     state = MeanField(unary, kernels, threads=threads)
     state.run(iterations, damping=damping, tolerance=tolerance, fast=fast)

@@ -25,7 +25,7 @@ def to_rows(energies, rows, channels, first, last):  # type: ignore[no-untyped-d
     for p in range(first, last):
         for c in range(channels, rows.shape[1]):
             rows[p, c] = 0
-    far = np.float32(1e30)  # so that differences of the largest finite numbers stay finite
+    far = np.float32(1.6e38)  # half of the largest number, so that differences of two scores are finite
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         for c in range(channels):
