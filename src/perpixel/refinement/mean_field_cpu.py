@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perpixel.refinement.mean_field_loops import BLOCK, infer, pass_through, to_rows
+from perpixel.refinement.mean_field_loops import BLOCK, infer, pass_through, scaled, to_rows
 from perpixel.refinement.permutohedral_cpu import lattices
 from perpixel.refinement.team import gate, in_team, share, team_size
 from perpixel.refinement.vectors import lanes
@@ -81,10 +81,13 @@ class _Terms:
             self.slice = self.splat.copy()
         for k, (before, after) in enumerate(factors):
             own = self.columns(k)
-            self.splat[:, own] *= np.sqrt(before * after) if both else before
-            if not both:
-                self.slice[:, own] *= after
+            for weights, factor in ((self.splat, np.sqrt(before * after)),) if both else ((self.splat, before), (self.slice, after)):
+                self._scale(weights, own, factor[:, 0])
         self.matrices = [None if s is not None else _square(kernel.transform, labels) for kernel, s in zip(kernels, strengths, strict=True)]
+
+    def _scale(self, weights: Array, own: slice, factors: Array) -> None:
+        pixels = len(weights)
+        in_team(lambda number, team: scaled(weights, own.start, own.stop, factors, *share(0, pixels, number, team)), self.threads)
 
     def columns(self, k: int) -> slice:
         """Where in rows and weights a kernel is."""
@@ -119,7 +122,7 @@ class _Terms:
 
     def _arrays(self) -> tuple[Any, ...]:
         found = self.lattices
-        return found.rows, self.splat, self.slice, found.neighbours, found.columns, found.starts
+        return (found.rows, self.splat, self.slice, found.neighbours, found.columns, found.starts)
 
 
 class MeanField:
@@ -212,7 +215,10 @@ class MeanField:
             if left > 0:
                 self._log_q = np.log(np.maximum((1 - left) * self.q + left * old, np.float32(1e-30)))
             return
-        begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
+        if self._log_q is None and not self._mixed.any():
+            begin = self._scores
+        else:
+            begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
         rows = self._rows
         tables, opened = self._terms._tables(rows), gate()
         blocks = np.zeros((self._threads, 2 * BLOCK * (rows.width + 1)), np.float32)
@@ -288,7 +294,7 @@ def mean_field(
 
 
 def filtered(values: Array, kernel: GaussianKernel, *, threads: int | None = None) -> Array:
-    """The kernel's normalised filter of values (K, P), before its transform."""
+    """The kernel's normalised filter of values (K, P) float32, before its transform; same shape. Pixels are their own neighbours too."""
     values = np.asarray(values, np.float32)
     one = GaussianKernel(kernel.features, np.float32(-1), kernel.normalization)
     rows = Rows(len(values))
@@ -312,7 +318,9 @@ def _checked(unary: Array, kernels: Sequence[GaussianKernel]) -> tuple[int, int]
     """Labels and pixels."""
     if unary.ndim != 2 or 0 in unary.shape:
         raise ValueError(f"unary has shape {unary.shape}; give (K, P): labels, pixels, at least one of each")
-    if not np.isfinite(unary).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        quick = np.isfinite(unary.sum())  # a third of the time; finite numbers may add up to infinity, which the second look forgives
+    if not quick and not np.isfinite(unary).all():
         raise ValueError("unary has NaN or infinite energies; give finite ones")
     labels, pixels = unary.shape
     for kernel in kernels:
