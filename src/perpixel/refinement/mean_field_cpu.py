@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perpixel.refinement.mean_field_loops import BLOCK, infer, pass_through, to_rows
+from perpixel.refinement.mean_field_loops import BLOCK, infer, pass_through, scaled, to_rows
 from perpixel.refinement.permutohedral_cpu import lattices
 from perpixel.refinement.team import gate, in_team, share, team_size
 from perpixel.refinement.vectors import lanes
@@ -81,10 +81,13 @@ class _Terms:
             self.slice = self.splat.copy()
         for k, (before, after) in enumerate(factors):
             own = self.columns(k)
-            self.splat[:, own] *= np.sqrt(before * after) if both else before
-            if not both:
-                self.slice[:, own] *= after
+            for weights, factor in ((self.splat, np.sqrt(before * after)),) if both else ((self.splat, before), (self.slice, after)):
+                self._scale(weights, own, factor[:, 0])
         self.matrices = [None if s is not None else _square(kernel.transform, labels) for kernel, s in zip(kernels, strengths, strict=True)]
+
+    def _scale(self, weights: Array, own: slice, factors: Array) -> None:
+        pixels = len(weights)
+        in_team(lambda number, team: scaled(weights, own.start, own.stop, factors, *share(0, pixels, number, team)), self.threads)
 
     def columns(self, k: int) -> slice:
         """Where in rows and weights a kernel is."""
@@ -93,7 +96,7 @@ class _Terms:
     def _factors(self, k: int, strength: float) -> tuple[Array, Array]:
         """(P or 1, 1) factors of a kernel's weights before and after the filter."""
         own = self.columns(k)
-        scale = np.float32(1 / (1 + 2.0 ** (1 + own.start - own.stop)))  # of the lattice's blur: Adams et al. as in their code
+        scale = np.float32(1 / (1 + 2.0 ** (1 + own.start - own.stop)))  # makes up for the blur's sum over d + 1 axes
         n = scale * self.filter(k, np.ones((len(self.splat), 1), np.float32), Rows(1))
         one = np.ones((1, 1), np.float32)
         how = self.kernels[k].normalization
@@ -119,7 +122,7 @@ class _Terms:
 
     def _arrays(self) -> tuple[Any, ...]:
         found = self.lattices
-        return found.rows, self.splat, self.slice, found.neighbours, found.columns, found.starts
+        return (found.rows, self.splat, self.slice, found.neighbours, found.columns, found.starts)
 
 
 class MeanField:
@@ -180,7 +183,8 @@ class MeanField:
     def log_q(self) -> Array:
         """(K, P) log-probabilities."""
         if self._log_q is None:
-            shifted = self.unary.min(0) - self.unary
+            with np.errstate(over="ignore"):
+                shifted = np.maximum(self.unary.min(0) - self.unary, np.float32(-3e38))
             self._log_q = shifted - np.log(np.exp(shifted).sum(0))
         return self._log_q
 
@@ -211,7 +215,10 @@ class MeanField:
             if left > 0:
                 self._log_q = np.log(np.maximum((1 - left) * self.q + left * old, np.float32(1e-30)))
             return
-        begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
+        if self._log_q is None and not self._mixed.any():
+            begin = self._scores
+        else:
+            begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
         rows = self._rows
         tables, opened = self._terms._tables(rows), gate()
         blocks = np.zeros((self._threads, 2 * BLOCK * (rows.width + 1)), np.float32)
@@ -260,17 +267,26 @@ def mean_field(
 ) -> Array:
     """Mean field from the softmax of the negative unary energies.
 
+    With symmetric normalisation and Potts costs the result is pydensecrf's, to 1e-5 in marginals. All transforms run in the same loops: a
+    diagonal or full one is applied to the vertices of the lattice, which are fewer than the pixels.
+
     Args:
-        unary: (K, P) energies, finite.
-        kernels: the pairwise terms.
+        unary: (K, P) energies of any size, finite; only their differences within a pixel count.
+        kernels: the pairwise terms. One with a transform of zeros is left out.
         iterations: updates of all pixels, >= 0.
-        damping: Q becomes damping * new + (1 - damping) * old; in (0, 1], 1 is none.
-        tolerance: stop when no marginal changes by as much; 0 never stops.
-        fast: early iterations on every second pixel.
-        threads: None is one for each processor.
+        damping: Q becomes damping * new + (1 - damping) * old; in (0, 1], 1 is none. Log-probabilities then end at -69.
+        tolerance: one more update after the first that changes every marginal by less is the last; 0 never stops early.
+        fast: updates before the last three are of every second pixel, which stands for its neighbour too. Single pixels may change
+            their label.
+        threads: None is one for each processor, at most 16, or NUMBA_NUM_THREADS where that is less. Each holds a table of its own.
 
     Returns:
-        (K, P) log-probabilities.
+        (K, P) float32 log-probabilities.
+
+    Raises:
+        ValueError: if shapes do not fit, a number is not finite or out of its range, or features span more than float32 resolves.
+
+    Source: Kraehenbuehl & Koltun 2011, algorithm 1; each pixel is its own neighbour too, as in the authors' code.
     """
     state = MeanField(unary, kernels, threads=threads)
     state.run(iterations, damping=damping, tolerance=tolerance, fast=fast)
@@ -278,7 +294,7 @@ def mean_field(
 
 
 def filtered(values: Array, kernel: GaussianKernel, *, threads: int | None = None) -> Array:
-    """The kernel's normalised filter of values (K, P), before its transform."""
+    """The kernel's normalised filter of values (K, P) float32, before its transform; same shape. Pixels are their own neighbours too."""
     values = np.asarray(values, np.float32)
     one = GaussianKernel(kernel.features, np.float32(-1), kernel.normalization)
     rows = Rows(len(values))
@@ -302,7 +318,9 @@ def _checked(unary: Array, kernels: Sequence[GaussianKernel]) -> tuple[int, int]
     """Labels and pixels."""
     if unary.ndim != 2 or 0 in unary.shape:
         raise ValueError(f"unary has shape {unary.shape}; give (K, P): labels, pixels, at least one of each")
-    if not np.isfinite(unary).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        quick = np.isfinite(unary.sum())  # a third of the time; finite numbers may add up to infinity, which the second look forgives
+    if not quick and not np.isfinite(unary).all():
         raise ValueError("unary has NaN or infinite energies; give finite ones")
     labels, pixels = unary.shape
     for kernel in kernels:

@@ -25,12 +25,21 @@ def to_rows(energies, rows, channels, first, last):  # type: ignore[no-untyped-d
     for p in range(first, last):
         for c in range(channels, rows.shape[1]):
             rows[p, c] = 0
-    far = np.float32(1e30)  # so that differences of the largest finite numbers stay finite
+    far = np.float32(1.6e38)  # half of the largest number, so that differences of two scores are finite
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         for c in range(channels):
             for p in range(start, stop):
                 rows[p, c] = min(max(energies[labels - 1, p] - energies[c, p], -far), far)
+
+
+@njit(cache=True, nogil=True)
+def scaled(weights, first_column, last_column, factors, first, last):  # type: ignore[no-untyped-def]
+    """Multiply columns of weights by each pixel's factor, in place; a single factor is everyone's."""
+    for p in range(first, last):
+        factor = factors[p if len(factors) > 1 else 0]
+        for j in range(first_column, last_column):
+            weights[p, j] *= factor
 
 
 @njit(cache=True, nogil=True)
@@ -64,7 +73,8 @@ def blur(number, team, opened, width, chunks, tables, neighbours, columns, start
             for r in range(first, last):
                 one = neighbours[axis, r, 0] * size
                 two = neighbours[axis, r, 1] * size
-                for i in range(0, size, lanes):
+                for b in range(chunks):
+                    i = b * lanes
                     sides = plus(load(old, one + i, width), load(old, two + i, width))
                     store(new, r * size + i, add_scaled(load(old, r * size + i, width), half, sides))
         wait(opened, team)
@@ -79,7 +89,8 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
     first, last = share(0, len(rows), number, team)
     own = tables[number]
     for p in range(first, last):
-        for i in range(0, size, lanes):
+        for b in range(chunks):
+            i = b * lanes
             vector = load(flat, p * size + i, width)
             for j in range(columns[k], columns[k + 1]):
                 place = rows[p, j] * size + i
@@ -87,7 +98,8 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
     blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k, k + 1)
     blurred = tables[len(tables) - 1]
     for p in range(first, last):
-        for i in range(0, size, lanes):
+        for b in range(chunks):
+            i = b * lanes
             vector = filled(np.float32(0), width)
             for j in range(columns[k], columns[k + 1]):
                 vector = add_scaled(vector, slices[p, j], load(blurred, rows[p, j] * size + i, width))
@@ -104,14 +116,15 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
     for r in range(first, last):
         for i in range(size):
             scratch[i] = table[r * size + i]
-        for i in range(0, size, lanes):
+        for b in range(chunks):
+            i = b * lanes
             vector = filled(np.float32(0), width)
             for c in range(len(matrix)):
                 vector = add_scaled(vector, scratch[c], load(flat, c * size + i, width))
             store(table, r * size + i, vector)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def update(
     width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step
 ):  # type: ignore[no-untyped-def]
@@ -139,7 +152,8 @@ def update(
         for n in range(count):
             p = start + n * step
             peak = np.float32(0)  # the last label's score
-            for i in range(0, size, lanes):
+            for b in range(chunks):
+                i = b * lanes
                 score = load(unary, p * size + i, width)
                 if messages:
                     for j in range(terms):
@@ -147,7 +161,8 @@ def update(
                 peak = max(peak, largest(score))
                 store(scores, n * size + i, score)
             low = filled(-peak, width)
-            for i in range(n * size, (n + 1) * size, lanes):
+            for b in range(chunks):
+                i = n * size + b * lanes
                 store(scores, i, plus(load(scores, i, width), low))
             scores[BLOCK * size + n] = -peak
         for i in range(0, BLOCK * (size + 1), BLOCK):
@@ -156,7 +171,8 @@ def update(
             p = start + n * step
             least = powers[BLOCK * size + n]
             whole = spare * least  # unused lanes are as large as the last label's, and counted by `total`
-            for i in range(n * size, (n + 1) * size, lanes):
+            for b in range(chunks):
+                i = n * size + b * lanes
                 whole += total(load(powers, i, width))
             inverse = np.float32(1) / whole
             if final:
@@ -167,7 +183,8 @@ def update(
                 if damping < 1:
                     least = damping * least + (np.float32(1) - damping) * old[p * (size + 1)]
                 old[p * (size + 1)] = least
-                for i in range(0, size, lanes):
+                for b in range(chunks):
+                    i = b * lanes
                     at = p * (size + 1) + 1 + i
                     before = load(old, at, width)
                     new = add_scaled(filled(np.float32(0), width), inverse, load(powers, n * size + i, width))
@@ -178,7 +195,8 @@ def update(
                     store(powers, n * size + i, new)
                 inverse = np.float32(1)
             low = filled(-least * inverse * np.float32(step), width)
-            for i in range(0, size, lanes):
+            for b in range(chunks):
+                i = b * lanes
                 q = add_scaled(low, inverse * np.float32(step), load(powers, n * size + i, width))
                 for j in range(terms):
                     place = rows[p, j] * size + i
@@ -199,7 +217,7 @@ def _write(out, p, scores, n, size, channels, whole, old, damping):  # type: ign
             out[c, p] = np.log(max(damping * np.exp(out[c, p]) + (1 - damping) * before, np.float32(1e-30)))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def infer(  # type: ignore[no-untyped-def]
     number, team, opened, width, chunks, channels, unary, begin, rows, splat, slices, neighbours, columns, starts,
     tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse,
