@@ -222,11 +222,12 @@ def graph_cut(unary: np.ndarray, weights: list[np.ndarray], costs: np.ndarray, c
         (H, W) int64 labels. By expansion the energy is at most twice the lowest times the largest label cost over the smallest.
     """
     problem = posed(unary, weights, costs)
-    flow = new_flow(*unary.shape[1:], 2 * len(weights))
+    height, width = unary.shape[1:]
+    flow = new_flow(height, width, 2 * len(weights))
     labels = np.zeros(flow.terminal.size, np.int64)
     labels[problem.inside] = unary.argmin(0).ravel()
     (swap if swaps else expand)(problem, labels, flow, cycles)
-    found: np.ndarray = labels[problem.inside].reshape(unary.shape[1:])
+    found: np.ndarray = labels[problem.inside].reshape(height, width)
     return found
 
 

@@ -150,7 +150,7 @@ class GridMRF(nn.Module):
             labels = icm(unary, weights, table, self._most())
         else:
             swaps, most = self.method == "swap", self._most()
-            found = _each_image(lambda *problem: graph_cut(*problem, most, swaps), unary, weights, table)
+            found = _each_image(lambda u, edges, table: graph_cut(u, edges, table, most, swaps), unary, weights, table)
             labels = torch.from_numpy(np.stack(found)).to(unary.device)
         scores = -(unary + neighbour_costs(labels, weights, table))
         # The label found may tie with others, or be no longer the best where iterations ran out: it must be the argmax all the same.
@@ -198,7 +198,9 @@ class GridMRF(nn.Module):
         with torch.no_grad():
             unary, weights, costs = self._energy_of(logits, image)
             table = _potts(unary) if costs is None else costs
-            found = _each_image(lambda *problem: lower_bound(posed(*problem), costs is None, iterations), unary, weights, table)
+            found = _each_image(
+                lambda u, edges, table: lower_bound(posed(u, edges, table), costs is None, iterations), unary, weights, table
+            )
             return torch.tensor(found, dtype=torch.float64, device=unary.device)
 
     def _energy_of(self, logits: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -122,7 +122,7 @@ def _adopt(flow: Flow, orphans: np.ndarray, count: int, waiting: np.ndarray, las
     while count:
         orphan = orphans[first]
         first, count = (first + 1) % size, count - 1
-        own, nearest, best = tree[orphan], np.int32(2**31 - 1), ORPHAN
+        own, nearest, best = tree[orphan], 2**31 - 1, ORPHAN
         for direction in range(offsets.size):
             other = orphan + offsets[direction]
             open_edge = residual[other, direction ^ 1] > 0 if own == SOURCE else residual[orphan, direction] > 0
