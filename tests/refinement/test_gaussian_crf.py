@@ -397,3 +397,6 @@ def test_input_that_does_not_fit_is_refused():
         gaussian_solve(logits, torch.zeros(1, 2, 4, 4), neighbourhood(4), 1.0, 1 - torch.eye(3))
     with pytest.raises(ValueError, match=r"edges have shape \(1, 3, 4, 4\)"):
         gaussian_solve(logits, torch.zeros(1, 3, 4, 4), neighbourhood(4), 1.0)
+    for edges in (torch.zeros(1, 2, 3, 3, 4, 4), torch.zeros(1, 2, 4, 4)):
+        with pytest.raises(ValueError, match="blocks go without one"):
+            gaussian_solve(logits, edges, neighbourhood(4), 1.0, torch.eye(3 if edges.ndim == 6 else 2))

@@ -135,7 +135,9 @@ def gaussian_solve(
     if not bool(lam > 0):
         raise ValueError(f"lambda is {float(lam)}; it must be more than 0")
     if matrix is not None:
-        matrix = (matrix + matrix.T) / 2
+        if edges.ndim == 6 or matrix.shape != (scores.shape[1],) * 2:
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; it is (K, K) for K = {scores.shape[1]}, and blocks go without one")
+        matrix = ((matrix + matrix.T) / 2).to(scores)
     edges = _inside(edges, offsets)
     system = System(edges.detach(), offsets, lam.detach(), None if matrix is None else matrix.detach(), diagonal == "dominant")
     with torch.no_grad():
