@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from perpixel.refinement import gaussian_solver
 from perpixel.refinement.gaussian_crf import GaussianCRF, _on_own_contrast, label_matrix
-from perpixel.refinement.gaussian_solver import System, _by_tensors, gaussian_solve, neighbourhood
+from perpixel.refinement.gaussian_solver import gaussian_solve, neighbourhood
 
 EXACT = {"tolerance": 1e-12, "on_failure": "error"}
 
@@ -83,22 +84,14 @@ def test_an_indefinite_matrix_of_labels_is_solved_where_lambda_holds_it():
 
 @pytest.mark.parametrize("kind", ["potts", "full"])
 @pytest.mark.parametrize("diagonal", ["dominant", "constant"])
-def test_the_loops_of_the_processor_and_torchs_operations_take_the_same_steps(kind, diagonal):
-    scores, edges, offsets, matrix = problem(kind, 24, height=1, width=7)
-    edges = torch.zeros_like(edges).copy_(edges)
-    x, report = gaussian_solve(scores, edges, offsets, 60.0, None if matrix is None else matrix, diagonal=diagonal, **EXACT)
-    strength = None
-    basis = torch.eye(3, dtype=torch.float64)
-    if matrix is not None:
-        values, basis = torch.linalg.eigh(matrix)
-        strength = values.view(1, -1, 1, 1)
-    rotated = torch.einsum("lk,nlhw->nkhw", basis, scores)
-    inside = [(0, d[1]) for d in offsets if d[0] == 0]
-    kept = edges[:, [i for i, d in enumerate(offsets) if d[0] == 0]]
-    system = System(kept, tuple(inside), torch.tensor(60.0, dtype=torch.float64), matrix, diagonal == "dominant")
-    other, told = _by_tensors(system, rotated, strength, 1e-12, 1000)
-    torch.testing.assert_close(torch.einsum("kl,nlhw->nkhw", basis, other), x)
-    assert torch.equal(told.iterations, report.iterations)
+def test_the_loops_of_the_processor_and_torchs_operations_take_the_same_steps(kind, diagonal, monkeypatch):
+    """A GPU is given the latter, which therefore run here too."""
+    scores, edges, offsets, matrix = problem(kind, 24)
+    loops, report = gaussian_solve(scores, edges, offsets, 80.0, matrix, diagonal=diagonal, **EXACT)
+    monkeypatch.setattr(gaussian_solver, "_by_label", gaussian_solver._by_tensors)
+    tensors, told = gaussian_solve(scores, edges, offsets, 80.0, matrix, diagonal=diagonal, **EXACT)
+    torch.testing.assert_close(loops, tensors)
+    assert (report.iterations - told.iterations).abs().max() <= 1
 
 
 def test_the_released_layer_is_lambda_times_the_exact_solution_up_to_a_term_common_to_the_labels():
@@ -123,8 +116,9 @@ def test_without_edges_the_solution_is_the_scores_over_lambda(kind):
 @pytest.mark.parametrize(("diagonal", "lam"), [("dominant", 0.05), ("dominant", 2.0), ("constant", 40.0)])
 def test_derivatives_of_the_solver_equal_finite_differences(kind, diagonal, lam):
     """In scores, edges, lambda and the labels' matrix; lambda 0.05 makes a nearly singular matrix."""
-    scores, edges, offsets, matrix = problem(kind, batch=2, labels=2, height=3, width=2)
-    inputs = [scores, edges, torch.tensor(lam, dtype=torch.float64)] + ([] if matrix is None else [random(2, 2, seed=5)])
+    scores, edges, offsets, matrix = problem(kind, batch=2, labels=2, height=2, width=2)
+    small = [scores[:1], edges[:1]] if kind == "blocks" else [scores, edges]  # blocks have many numbers
+    inputs = [*small, torch.tensor(lam, dtype=torch.float64)] + ([] if matrix is None else [random(2, 2, seed=5)])
 
     def solve(scores, edges, lam, root=None):
         shared = None if root is None else root @ root.T
@@ -156,8 +150,8 @@ def made(**options):
 def test_derivatives_of_every_parameter_equal_finite_differences(options):
     """Weight, lambda, F, the labels' matrix, and the branch; and of the logits."""
     crf = made(**options)
-    image = 100 + 50 * random(1, 2, 3, 3, seed=4)
-    logits = random(1, 2, 3, 3).requires_grad_()
+    image = 100 + 50 * random(1, 2, 2, 3, seed=4)
+    logits = random(1, 2, 2, 3).requires_grad_()
     names = [name for name, p in crf.named_parameters() if p.requires_grad]
     values = [crf.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
@@ -247,7 +241,7 @@ def test_cheap_borders_are_smoothed_less_than_dear_ones():
     for other in (1, 2):
         labels = torch.tensor([0] * 6 + [other] * 6).view(1, 1, 12)
         scores = crf(F.one_hot(labels, 3).permute(0, 3, 1, 2).float(), image)[0, :, 0]
-        left.append(float((scores[0] - scores[other])[5]))
+        left.append(float((scores[0] - scores[other])[5].detach()))
     assert left[0] > left[1]
 
 
@@ -273,11 +267,11 @@ def test_trained_end_to_end_its_branch_learns_edges_that_lower_the_loss():
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            course.append(float(loss))
+            course.append(float(loss.detach()))
         losses[refined] = sum(course[-10:]) / 10
-        assert losses[refined] < 0.9 * course[0]
-        assert crf.branch.head.weight.abs().max() > 0.01 or not refined
+    assert losses[True] < 0.8 * course[0]
     assert losses[True] < 0.8 * losses[False]
+    assert crf.branch.head.weight.abs().max() > 0.01
 
 
 def test_what_is_not_positive_definite_comes_back_as_it_came_with_a_warning_or_is_an_error():
@@ -308,6 +302,24 @@ def test_too_few_iterations_and_broken_branches_are_never_silent():
     torch.nn.init.constant_(crf.branch.head.bias, float("nan"))
     with pytest.warns(RuntimeWarning, match="did not converge"):
         assert torch.isfinite(crf(logits, image)).all()
+
+
+def test_a_gradient_that_is_not_finite_stays_so():
+    """GradScaler must see it; the other image's is untouched."""
+    scores, edges, offsets, _ = problem("potts")
+    solved, _ = gaussian_solve(scores.requires_grad_(), edges, offsets, 1.0, **EXACT)
+    gradient = torch.ones_like(solved)
+    gradient[0, 0, 0, 0] = torch.inf
+    solved.backward(gradient)
+    assert scores.grad[0].isnan().all()
+    assert scores.grad[1].isfinite().all()
+
+
+def test_offsets_may_lead_in_any_direction():
+    scores, edges, _, _ = problem("potts")
+    offsets = ((-1, 2), (0, -1))
+    x, _ = gaussian_solve(scores, edges, offsets, 1.0, **EXACT)
+    torch.testing.assert_close(x[1].flatten(), torch.linalg.solve(dense(edges[1], offsets, 1.0, None, "dominant", 3), scores[1].flatten()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -358,6 +370,7 @@ def test_options_are_plain_and_rebuild_it():
         ({"weight": -1.0}, "weight is -1.0"),
         ({"lam": 0.0}, "lam is 0.0"),
         ({"neighbours": 9}, "another odd window less one"),
+        ({"neighbours": -3}, "another odd window less one"),
         ({"tolerance": 0}, "between 0 and 1"),
         ({"layers": -1}, "0 or more"),
         ({"classes": 2, "compatibility": [[0, 1], [1, 0]]}, 'goes with labels="full"'),
@@ -376,7 +389,7 @@ def test_input_that_does_not_fit_is_refused():
         GaussianCRF(4)(logits, image)
     with pytest.raises(ValueError, match="made for 1 channels and got 3"):
         GaussianCRF(channels=1)(logits, image)
-    with pytest.raises(ValueError, match="4x4 pixels .* 5x4"):
+    with pytest.raises(ValueError, match=r"4x4 pixels .* 5x4"):
         GaussianCRF()(logits, torch.rand(1, 3, 5, 4))
     with pytest.raises(ValueError, match="NaN or infinite"):
         GaussianCRF()(logits / 0, image)
@@ -384,3 +397,6 @@ def test_input_that_does_not_fit_is_refused():
         gaussian_solve(logits, torch.zeros(1, 2, 4, 4), neighbourhood(4), 1.0, 1 - torch.eye(3))
     with pytest.raises(ValueError, match=r"edges have shape \(1, 3, 4, 4\)"):
         gaussian_solve(logits, torch.zeros(1, 3, 4, 4), neighbourhood(4), 1.0)
+    for edges in (torch.zeros(1, 2, 3, 3, 4, 4), torch.zeros(1, 2, 4, 4)):
+        with pytest.raises(ValueError, match="blocks go without one"):
+            gaussian_solve(logits, edges, neighbourhood(4), 1.0, torch.eye(3 if edges.ndim == 6 else 2))

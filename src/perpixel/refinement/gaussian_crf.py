@@ -107,7 +107,7 @@ class GaussianCRF(nn.Module):
         # As roots and logarithms, so that training keeps the weight from below 0 and lambda above it.
         self.root_weight = nn.Parameter(torch.tensor(weight**0.5))
         self.log_lambda = nn.Parameter(torch.tensor(lam).log(), requires_grad=learn_lambda)
-        self.branch: Branch | None = None
+        self.branch: nn.Module | None = None
         if terms != "colours":
             outputs = width if terms == "features" else 2 * len(self.offsets) * (classes**2 if labels == "blocks" and classes else 1)
             self.branch = Branch(channels or 0, width, outputs, zero=terms == "edges")

@@ -139,11 +139,11 @@ def _times(p: np.ndarray, edges: np.ndarray, offsets: np.ndarray, diagonal: np.n
             first = max(-right, 0)
             last = max(first, min(width - right, width))
             # Slices, since the loops become vector instructions only where no index can be negative.
-            if y + down < height:  # the edges that start here
+            if 0 <= y + down < height:  # the edges that start here
                 weight, near, far = edges[d, y, first:last], out[first:last], p[y + down, first + right : last + right]
                 for i in range(len(weight)):
                     near[i] += weight[i] * far[i]
-            if y - down >= 0:  # the edges that end here
+            if 0 <= y - down < height:  # the edges that end here
                 weight, near, far = edges[d, y - down, first:last], out[first + right : last + right], p[y - down, first:last]
                 for i in range(len(weight)):
                     near[i] += weight[i] * far[i]

@@ -135,7 +135,9 @@ def gaussian_solve(
     if not bool(lam > 0):
         raise ValueError(f"lambda is {float(lam)}; it must be more than 0")
     if matrix is not None:
-        matrix = (matrix + matrix.T) / 2
+        if edges.ndim == 6 or matrix.shape != (scores.shape[1],) * 2:
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; it is (K, K) for K = {scores.shape[1]}, and blocks go without one")
+        matrix = ((matrix + matrix.T) / 2).to(scores)
     edges = _inside(edges, offsets)
     system = System(edges.detach(), offsets, lam.detach(), None if matrix is None else matrix.detach(), diagonal == "dominant")
     with torch.no_grad():
@@ -157,7 +159,7 @@ def neighbourhood(neighbours: int) -> tuple[Offset, ...]:
     Raises:
         ValueError: if no window has so many.
     """
-    reach = round(((neighbours + 1) ** 0.5 - 1) / 2)
+    reach = round((max(neighbours + 1, 0) ** 0.5 - 1) / 2)
     if neighbours == 4:
         return ((0, 1), (1, 0))
     if reach < 1 or (2 * reach + 1) ** 2 - 1 != neighbours:
@@ -194,14 +196,16 @@ class _Implicit(torch.autograd.Function):
         edges, lam, matrix, x = ctx.saved_tensors
         with torch.no_grad():
             of_scores, report = _solve(System(edges, offsets, lam, matrix, dominant), gradient, tolerance, iterations)
-        if not bool(report.converged.all()):
+        finite = torch.isfinite(gradient).flatten(1).all(1)
+        of_scores = of_scores.masked_fill(~finite.view(-1, 1, 1, 1), torch.nan)  # what scales losses in half precision looks for it
+        lost = finite & ~report.converged
+        if bool(lost.any()):
             warnings.warn(
-                f"Gaussian CRF: the gradient of {int((~report.converged).sum())} images did not converge "
-                f"(residual {float(report.residual.max()):.1e}); it is used as far as it got, or as 0 where it is not finite",
+                f"Gaussian CRF: the gradient of {int(lost.sum())} images did not converge (residual "
+                f"{float(report.residual[lost].max()):.1e}); it is used as far as it got",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            of_scores = torch.nan_to_num(of_scores, 0.0, 0.0, 0.0)
         # d x = M^-1 (d b - d M x), so every number in M has the gradient - (M^-1 g)^T (d M) x.
         # One product by autograd gives them all, whatever form M has.
         wanted = ctx.needs_input_grad[1:4]
