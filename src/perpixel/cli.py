@@ -134,7 +134,13 @@ def predict(
     console = Console()
     with _live(False, "predicting") as progress:
         result = predict_files(
-            load(bundle, refine=refine), inputs, out, with_overlay=overlay, with_probabilities=probabilities, samples=samples, progress=progress
+            load(bundle, refine=refine),
+            inputs,
+            out,
+            with_overlay=overlay,
+            with_probabilities=probabilities,
+            samples=samples,
+            progress=progress,
         )
     console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
@@ -159,8 +165,7 @@ def tune(
     from perpixel.tune import tune as run
 
     with _live(json, "tuning") as progress:
-        chosen = {"refiners": refiner} if refiner else {}
-        result = run(bundle, images, masks, minutes=minutes, split=split, write=not dry_run, progress=progress, **chosen)
+        result = run(bundle, images, masks, refiners=refiner, minutes=minutes, split=split, write=not dry_run, progress=progress)
     if json:
         _print_json(result.to_json())
     else:
@@ -178,10 +183,10 @@ def refine(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (K, H, W).")] = False,
 ) -> None:
     """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices."""
-    from perpixel.recipe import read_settings
+    from perpixel.recipe import parse_settings
     from perpixel.refine import refine_files
 
-    target = refine_files(image, scores, out, refiner, read_settings(set_ or ()), kind, probabilities)
+    target = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
     Console().print(f"labels in [bold]{escape(str(target))}[/]")
 
 

@@ -134,7 +134,9 @@ def evaluate(
     layout = find_layout(images, masks)
     pairs = _pairs(layout, split, card, str(images))
     data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
-    result = score(bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress, refiner=bundle.refiner(refine))
+    result = score(
+        bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress, refiner=bundle.refiner(refine)
+    )
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")

@@ -189,6 +189,13 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`["train.lr=0.01", ...]` as nested parts of a recipe, checked. Values are YAML: 3, 0.1, true, null, [256, 256], text."""
+    parts = parse_settings(settings)
+    check_parts(parts, "--set")
+    return parts
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`["key=value", ...]` as mappings, nested where a key has dots; values as in `read_settings`."""
     parts: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -201,7 +208,6 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise ValueError(f"--set {setting}: {section} already has the value {node!r}, so it can't have the key {last!r}.")
         node[last] = _number_or_yaml(value)
-    check_parts(parts, "--set")
     return parts
 
 

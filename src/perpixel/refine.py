@@ -46,7 +46,12 @@ def refine(
 
 
 def refine_files(
-    image: Path, scores: Path, out: Path, refiner: str = "dense_crf", options: Mapping[str, Any] | None = None, kind: str = "auto",
+    image: Path,
+    scores: Path,
+    out: Path,
+    refiner: str = "dense_crf",
+    options: Mapping[str, Any] | None = None,
+    kind: str = "auto",
     with_probabilities: bool = False,
 ) -> Path:
     """Writes OUT/<image name>.png with the class indices, and OUT/probabilities/<image name>.npy (float16) where asked; see `refine`."""
@@ -92,7 +97,9 @@ def _classes_first(scores: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         return scores
     if scores.ndim == 3 and scores.shape[:2] == size:
         return np.moveaxis(scores, -1, 0)
-    raise ValueError(f"the scores have shape {scores.shape} and the image {size[0]}x{size[1]} pixels; (K, H, W) or (H, W, K) of its size fit")
+    raise ValueError(
+        f"the scores have shape {scores.shape} and the image {size[0]}x{size[1]} pixels; (K, H, W) or (H, W, K) of its size fit"
+    )
 
 
 def _logits(scores: np.ndarray, kind: str) -> np.ndarray:

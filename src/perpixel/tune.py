@@ -1,8 +1,8 @@
 """Tune: which refiner helps a bundle's scores, with which parameters, and whether the gain is real.
 
-The search goes from coarse to fine, as DeepLab's does (arXiv:1412.7062, section 5.1). Every candidate is scored image by image, and the gain is
-that of cross-validation: each half of the images is refined by what was best on the other half. What is searched on an image is therefore
-not measured on it, and a refiner that only fits the validation images gains nothing.
+The search goes from coarse to fine, as DeepLab's does (arXiv:1412.7062, section 5.1). Every candidate is scored image by image, and the
+gain is that of cross-validation: each half of the images is refined by what was best on the other half. So no image is measured with what
+was searched on it, and a refiner that only fits the validation images gains nothing.
 """
 
 import itertools
@@ -122,7 +122,7 @@ def tune(
     images: Path | str,
     masks: Path | str | None = None,
     *,
-    refiners: Sequence[str] = tuple(REFINERS),
+    refiners: Sequence[str] | None = None,
     minutes: float = 10.0,
     split: str = "val",
     write: bool = True,
@@ -134,7 +134,7 @@ def tune(
     Args:
         bundle: its path; rewritten in place, with the refiner, only where the interval of the gain in mIoU is above zero.
         images, masks: any layout that `perpixel check` understands.
-        refiners: names in `REFINERS` to search among.
+        refiners: names in `REFINERS` to search among; None: all.
         minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
         split: the part to search on; label costs are learned from the masks of the part "train".
         write: False only reports.
@@ -143,7 +143,7 @@ def tune(
     Raises:
         ValueError: an unknown refiner, no images in the part, or none that could be read.
     """
-    start = time.monotonic()
+    start, refiners = time.monotonic(), list(REFINERS) if refiners is None else refiners
     for name in refiners:
         if name not in REFINERS:
             raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")
@@ -406,7 +406,8 @@ def _plain(value: Any) -> float | None:
 
 def render(result: Tuning, console: Console) -> None:
     """The search as a table for people."""
-    table = Table("refiner", "best options", "mIoU on the images it was searched on", title=f"{result.tried} candidates, {result.images} images")
+    title = f"{result.tried} candidates on {result.images} images"
+    table = Table("refiner", "best options", "mIoU where it was searched", title=title)
     for name, (candidate, score) in sorted(result.best.items()):
         table.add_row(name, escape(candidate.words.removeprefix(name).strip()), f"{100 * score:.2f} %")
     console.print(table)
@@ -416,8 +417,8 @@ def render(result: Tuning, console: Console) -> None:
     ):
         if gain is not None:
             console.print(
-                f"{label}: {100 * before:.2f} % without, {100 * after:.2f} % with a refiner on images it was not searched on: "
-                f"[bold]{100 * gain.value:+.2f}[/] ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}, {100 * gain.level:.0f} % of resampled sets)"
+                f"{label}: {100 * before:.2f} % without, {100 * after:.2f} % with a refiner, each half with what was best on the other: "
+                f"[bold]{100 * gain.value:+.2f}[/] ({100 * gain.low:+.2f} to {100 * gain.high:+.2f} in {100 * gain.level:.0f} % of cases)"
             )
     if result.left_out:
         console.print(f"[yellow]{result.left_out} images were left out[/]: their scores do not fit into memory", soft_wrap=True)
