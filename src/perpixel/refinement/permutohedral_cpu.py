@@ -225,7 +225,8 @@ def _place(features, first, last, scale, lows, strides, rows, weights, column, s
         _simplices(features, block, min(BLOCK, last - block), scale, lifted, nearest, ranks)
         for n in range(min(BLOCK, last - block)):
             p = block + n
-            key[:] = 0
+            for w in range(words):
+                key[w] = 0
             for i in range(d + 1):
                 r = int(ranks[i, n])
                 rest[r] = lifted[i, n]
@@ -253,10 +254,12 @@ def _place(features, first, last, scale, lows, strides, rows, weights, column, s
                         if count == len(keys):
                             slots, keys = _doubled(slots, keys, count)
                             slot = _find(slots, keys, key, words)
-                        keys[count] = key
+                        for w in range(words):
+                            keys[count, w] = key[w]
                         count += 1
                         slots[slot] = count
-                    last_key[r] = key
+                    for w in range(words):
+                        last_key[r, w] = key[w]
                     last_row[r] = start + slots[slot] - 1
                 rows[p, column + r] = last_row[r]
     return slots, keys, count
