@@ -164,6 +164,8 @@ def update(
             for b in range(chunks):
                 i = n * size + b * lanes
                 store(scores, i, plus(load(scores, i, width), low))
+            for i in range(n * size + channels, (n + 1) * size):
+                scores[i] = -peak  # what rounding left in unused lanes would grow from update to update where messages are strong
             scores[BLOCK * size + n] = -peak
         for i in range(0, BLOCK * (size + 1), BLOCK):
             store(powers, i, power(load(scores, i, _SIXTEEN)))
