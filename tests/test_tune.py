@@ -114,7 +114,7 @@ def test_one_image_tells_nothing_of_others(scenes, make_bundle, monkeypatch):
 
 
 def test_each_half_is_scored_with_what_was_best_on_the_other(scenes, make_bundle, monkeypatch):
-    """Two candidates of which one is perfect on even images and wrong on odd ones, and the other the reverse: no gain by cross-validation."""
+    """Of two candidates one is perfect on even images and wrong on odd ones, the other the reverse: nothing is left of either."""
     gives(monkeypatch, noisy)
     path = make_bundle()
     search = _Search(load_bundle(path), _images(scenes, path), 0, None)
