@@ -1,4 +1,4 @@
-"""What refiners gain on real scores, strong and weak, with Potts and with learned label costs; writes benchmarks/results/refinement-SET.json.
+"""What refiners gain on real scores, strong and weak, with Potts and learned label costs; writes benchmarks/results/refinement-SET.json.
 
 python benchmarks/refinement.py SET IMAGES STRONG WEAK [--minutes M] [--pictures FOLDER]
 
