@@ -29,8 +29,8 @@ from perpixel.metrics.bands import Trimap
 from perpixel.metrics.intervals import difference
 from perpixel.metrics.region import Region
 from perpixel.plan import this_machine
-from perpixel.refinement import REFINERS
 from perpixel.refinement.candidates import Candidate
+from perpixel.refinement.refiners import REFINERS
 from perpixel.tune import _learned_costs, _Search
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,8 +10,8 @@ from PIL import Image
 from perpixel.bundle import load_bundle
 from perpixel.evaluate import evaluate
 from perpixel.predict import load
-from perpixel.refinement import build_refiner
 from perpixel.refinement.candidates import Candidate, coarse_grid, neighbours
+from perpixel.refinement.refiners import build_refiner
 from perpixel.tune import _evenly, _Search, tune
 
 SIDE = 40

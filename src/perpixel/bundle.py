@@ -101,7 +101,7 @@ class Bundle:
         """
         if choice == "none" or (choice == "bundle" and self.card.refiner is None):
             return None
-        from perpixel.refinement import build_refiner  # its compiled loops take as long to load as a small prediction takes
+        from perpixel.refinement.refiners import build_refiner  # its compiled loops take as long to load as a small prediction takes
 
         spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
         return build_refiner(spec.name, spec.options).to(next(self.model.parameters()).device)

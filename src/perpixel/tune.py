@@ -27,9 +27,9 @@ from perpixel.metrics import tallies
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
 from perpixel.metrics.region import Region
-from perpixel.refinement import REFINERS, build_refiner
 from perpixel.refinement.candidates import Candidate, coarse_grid, neighbours
 from perpixel.refinement.compatibility import fit_compatibility
+from perpixel.refinement.refiners import REFINERS, build_refiner
 from perpixel.tiling import predict_tiled
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
