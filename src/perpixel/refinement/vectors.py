@@ -99,6 +99,17 @@ def fetch(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write one element of the array's memory, with no look at the index."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        builder.store(values[2], builder.gep(context.make_array(array)(context, builder, values[0]).data, [values[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), code
+
+
+@intrinsic
 def load(typing: Any, array: Any, start: Any, width: Any) -> Any:
     """Lanes from the float32 array's memory, from element `start` on; no check of bounds."""
 
