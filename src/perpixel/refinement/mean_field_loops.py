@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from perpixel.refinement.team import share, wait
-from perpixel.refinement.vectors import above, add_scaled, farther, fetch, filled, largest, load, plus, power, store, total
+from perpixel.refinement.vectors import above, add_scaled, farther, fetch, filled, largest, load, plus, power, put, store, total
 
 BLOCK = 16  # pixels whose scores lie side by side, so that exp works on full vectors whatever the number of labels
 _SIXTEEN = (None,) * BLOCK
@@ -177,7 +177,7 @@ def update(
                 i = n * size + b * lanes
                 whole += total(load(powers, i, width))
             if final:
-                _write(out, p, scores, n, size, channels, whole, old, size + lanes, damping)
+                powers[n * size] = np.log(whole)
                 continue
             inverse = np.float32(1) / whole
             if keeps:
@@ -202,20 +202,23 @@ def update(
                 for j in range(p * terms, (p + 1) * terms):
                     place = fetch(rows, j) * size + i
                     store(own, place, add_scaled(load(own, place, width), fetch(splat, j), q))
+        if final:
+            _write(out, start, count, scores, powers, size, channels, old, size + lanes, damping)
     return largest(change)
 
 
 @njit(cache=True, nogil=True)
-def _write(out, p, scores, n, size, channels, whole, old, stride, damping):  # type: ignore[no-untyped-def]
-    """Log-probabilities of one pixel."""
-    log = np.log(whole)
-    for c in range(channels):
-        out[c, p] = scores[n * size + c] - log
-    out[channels, p] = scores[BLOCK * size + n] - log
-    if damping < 1:
-        for c in range(channels + 1):
-            before = old[p * stride + (c if c < channels else size)]
-            out[c, p] = np.log(max(damping * np.exp(out[c, p]) + (1 - damping) * before, np.float32(1e-30)))
+def _write(out, start, count, scores, logs, size, channels, old, stride, damping):  # type: ignore[no-untyped-def]
+    """Log-probabilities of a block, label by label: those of neighbouring pixels lie side by side in memory."""
+    for c in range(channels + 1):
+        place = c * out.shape[1] + start
+        one, step = (c, size) if c < channels else (BLOCK * size, 1)
+        for n in range(count):
+            put(out, place + n, fetch(scores, one + n * step) - fetch(logs, n * size))
+        if damping < 1:
+            for n in range(count):
+                before = fetch(old, (start + n) * stride + (c if c < channels else size))
+                put(out, place + n, np.log(max(damping * np.exp(fetch(out, place + n)) + (1 - damping) * before, np.float32(1e-30))))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
