@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from perpixel.refinement.mean_field_loops import BLOCK, infer, pass_through, scaled, to_rows
 from perpixel.refinement.permutohedral_cpu import lattices
 from perpixel.refinement.team import gate, in_team, share, team_size
-from perpixel.refinement.vectors import lanes
+from perpixel.refinement.vectors import PART, lanes
 
 Array = NDArray[np.float32]
 Normalization = Literal["none", "before", "after", "symmetric"]
@@ -55,14 +55,22 @@ class Rows:
 
     @property
     def lanes(self) -> int:
-        """How many numbers a vector has: 1, 2 or a multiple of 4."""
+        """How many numbers a vector has: 1, 2, 4 or a multiple of PART."""
         each = -(-self.channels // self.chunks)
-        return each if each < 3 else -(-each // 4) * 4
+        return next((few for few in (1, 2, 4) if each <= few), -(-each // PART) * PART)
 
     @property
     def width(self) -> int:
         """How many numbers a row has in memory."""
         return self.chunks * self.lanes
+
+
+def aligned_zeros(count: int, size: int) -> Array:
+    """(count, size) zeros at a multiple of 64 bytes."""
+    room = np.empty(count * size + 15, np.float32)  # numpy asks for large pages here, but not for np.zeros
+    room[:] = 0
+    start = -room.ctypes.data % 64 // 4
+    return room[start : start + count * size].reshape(count, size)
 
 
 class _Terms:
@@ -118,7 +126,7 @@ class _Terms:
 
     def _tables(self, rows: Rows) -> Array:
         """Where each thread splats, and one more."""
-        return np.zeros((self.threads + 1, self.lattices.neighbours.shape[1] * rows.width), np.float32)
+        return aligned_zeros(self.threads + 1, self.lattices.neighbours.shape[1] * rows.width)
 
     def _arrays(self) -> tuple[Any, ...]:
         found = self.lattices
@@ -151,7 +159,7 @@ class MeanField:
 
     def _to_rows(self, energies: Array) -> Array:
         """Scores relative to the last label, (P, width)."""
-        rows = np.empty((self.pixels, self._rows.width), np.float32)
+        rows = aligned_zeros(self.pixels, self._rows.width)
         in_team(lambda number, team: to_rows(energies, rows, self.labels - 1, *share(0, self.pixels, number, team)), self._threads)
         return rows
 
@@ -221,9 +229,9 @@ class MeanField:
             begin = self._to_rows(self.unary if self._log_q is None else -self._log_q)
         rows = self._rows
         tables, opened = self._terms._tables(rows), gate()
-        blocks = np.zeros((self._threads, 2 * BLOCK * (rows.width + 1)), np.float32)
+        blocks = aligned_zeros(self._threads, 2 * BLOCK * (rows.width + 1))
         keeps = damping != 1 or tolerance > 0
-        kept = np.zeros((self.pixels if keeps else 0, 1 + rows.width), np.float32)
+        kept = np.zeros((self.pixels if keeps else 0, rows.width + rows.lanes), np.float32)
         out = np.empty((self.labels, self.pixels), np.float32)
         changes = np.zeros(self._threads, np.float32)
         coarse = max(0, iterations - FULL + 1) if fast else 0

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from perpixel.refinement.team import share, wait
-from perpixel.refinement.vectors import add_scaled, farther, filled, largest, load, plus, power, store, total
+from perpixel.refinement.vectors import above, add_scaled, farther, fetch, filled, largest, load, plus, power, put, store, total
 
 BLOCK = 16  # pixels whose scores lie side by side, so that exp works on full vectors whatever the number of labels
 _SIXTEEN = (None,) * BLOCK
@@ -71,8 +71,9 @@ def blur(number, team, opened, width, chunks, tables, neighbours, columns, start
             old, new = (tables[0], blurred) if left % 2 else (blurred, tables[0])
             first, last = share(starts[k], starts[k + 1], number, team)
             for r in range(first, last):
-                one = neighbours[axis, r, 0] * size
-                two = neighbours[axis, r, 1] * size
+                pair = 2 * (axis * neighbours.shape[1] + r)
+                one = fetch(neighbours, pair) * size
+                two = fetch(neighbours, pair + 1) * size
                 for b in range(chunks):
                     i = b * lanes
                     sides = plus(load(old, one + i, width), load(old, two + i, width))
@@ -86,23 +87,24 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
     lanes = len(width)
     size = chunks * lanes
     flat, result = values.reshape(values.size), out.reshape(out.size)
+    terms = rows.shape[1]
     first, last = share(0, len(rows), number, team)
     own = tables[number]
     for p in range(first, last):
         for b in range(chunks):
             i = b * lanes
             vector = load(flat, p * size + i, width)
-            for j in range(columns[k], columns[k + 1]):
-                place = rows[p, j] * size + i
-                store(own, place, add_scaled(load(own, place, width), splat[p, j], vector))
+            for j in range(p * terms + columns[k], p * terms + columns[k + 1]):
+                place = fetch(rows, j) * size + i
+                store(own, place, add_scaled(load(own, place, width), fetch(splat, j), vector))
     blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k, k + 1)
     blurred = tables[len(tables) - 1]
     for p in range(first, last):
         for b in range(chunks):
             i = b * lanes
             vector = filled(np.float32(0), width)
-            for j in range(columns[k], columns[k + 1]):
-                vector = add_scaled(vector, slices[p, j], load(blurred, rows[p, j] * size + i, width))
+            for j in range(p * terms + columns[k], p * terms + columns[k + 1]):
+                vector = add_scaled(vector, fetch(slices, j), load(blurred, fetch(rows, j) * size + i, width))
             store(result, p * size + i, vector)
 
 
@@ -135,7 +137,7 @@ def update(
         blurred: the table to slice, unless `messages` is False.
         own: the table to splat into.
         block: scratch.
-        kept: (P, 1 + width) probabilities of the last label and of the others, where damping or convergence needs them, else empty.
+        kept: (P, width + lanes) probabilities of the other labels, then of the last, where damping or convergence needs them, else empty.
         out: (K, P) log-probabilities, written instead of splatting where `final`.
     """
     lanes = len(width)
@@ -156,16 +158,14 @@ def update(
                 i = b * lanes
                 score = load(unary, p * size + i, width)
                 if messages:
-                    for j in range(terms):
-                        score = add_scaled(score, slices[p, j], load(blurred, rows[p, j] * size + i, width))
+                    for j in range(p * terms, (p + 1) * terms):
+                        score = add_scaled(score, fetch(slices, j), load(blurred, fetch(rows, j) * size + i, width))
                 peak = max(peak, largest(score))
                 store(scores, n * size + i, score)
             low = filled(-peak, width)
             for b in range(chunks):
                 i = n * size + b * lanes
                 store(scores, i, plus(load(scores, i, width), low))
-            for i in range(n * size + channels, (n + 1) * size):
-                scores[i] = -peak  # what rounding left in unused lanes would grow from update to update where messages are strong
             scores[BLOCK * size + n] = -peak
         for i in range(0, BLOCK * (size + 1), BLOCK):
             store(powers, i, power(load(scores, i, _SIXTEEN)))
@@ -176,47 +176,49 @@ def update(
             for b in range(chunks):
                 i = n * size + b * lanes
                 whole += total(load(powers, i, width))
-            inverse = np.float32(1) / whole
             if final:
-                _write(out, p, scores, n, size, channels, whole, old, damping)
+                powers[n * size] = np.log(whole)
                 continue
+            inverse = np.float32(1) / whole
             if keeps:
-                least *= inverse
-                if damping < 1:
-                    least = damping * least + (np.float32(1) - damping) * old[p * (size + 1)]
-                old[p * (size + 1)] = least
-                for b in range(chunks):
-                    i = b * lanes
-                    at = p * (size + 1) + 1 + i
+                for b in range(chunks + 1):  # the last label's is alone in a vector whose other lanes are its copies
+                    i = n * size + b * lanes
+                    q = load(powers, i, width) if b < chunks else filled(least, width)
+                    at = p * (size + lanes) + b * lanes
                     before = load(old, at, width)
-                    new = add_scaled(filled(np.float32(0), width), inverse, load(powers, n * size + i, width))
+                    q = add_scaled(filled(np.float32(0), width), inverse, q)
                     if damping < 1:
-                        new = add_scaled(add_scaled(filled(np.float32(0), width), damping, new), np.float32(1) - damping, before)
-                    change = farther(change, new, before)
-                    store(old, at, new)
-                    store(powers, n * size + i, new)
+                        q = add_scaled(add_scaled(filled(np.float32(0), width), damping, q), np.float32(1) - damping, before)
+                    change = farther(change, q, before)
+                    store(old, at, q)
+                    if b < chunks:
+                        store(powers, i, q)
+                least = old[p * (size + lanes) + size]
                 inverse = np.float32(1)
-            low = filled(-least * inverse * np.float32(step), width)
             for b in range(chunks):
                 i = b * lanes
-                q = add_scaled(low, inverse * np.float32(step), load(powers, n * size + i, width))
-                for j in range(terms):
-                    place = rows[p, j] * size + i
-                    store(own, place, add_scaled(load(own, place, width), splat[p, j], q))
+                # Unused lanes give exactly 0: what rounding left there would grow from update to update where messages are strong.
+                q = above(load(powers, n * size + i, width), least, inverse * np.float32(step))
+                for j in range(p * terms, (p + 1) * terms):
+                    place = fetch(rows, j) * size + i
+                    store(own, place, add_scaled(load(own, place, width), fetch(splat, j), q))
+        if final:
+            _write(out, start, count, scores, powers, size, channels, old, size + lanes, damping)
     return largest(change)
 
 
 @njit(cache=True, nogil=True)
-def _write(out, p, scores, n, size, channels, whole, old, damping):  # type: ignore[no-untyped-def]
-    """Log-probabilities of one pixel."""
-    log = np.log(whole)
-    for c in range(channels):
-        out[c, p] = scores[n * size + c] - log
-    out[channels, p] = scores[BLOCK * size + n] - log
-    if damping < 1:
-        for c in range(channels + 1):
-            before = old[p * (size + 1) + (1 + c if c < channels else 0)]
-            out[c, p] = np.log(max(damping * np.exp(out[c, p]) + (1 - damping) * before, np.float32(1e-30)))
+def _write(out, start, count, scores, logs, size, channels, old, stride, damping):  # type: ignore[no-untyped-def]
+    """Log-probabilities of a block, label by label: those of neighbouring pixels lie side by side in memory."""
+    for c in range(channels + 1):
+        place = c * out.shape[1] + start
+        one, step = (c, size) if c < channels else (BLOCK * size, 1)
+        for n in range(count):
+            put(out, place + n, fetch(scores, one + n * step) - fetch(logs, n * size))
+        if damping < 1:
+            for n in range(count):
+                before = fetch(old, (start + n) * stride + (c if c < channels else size))
+                put(out, place + n, np.log(max(damping * np.exp(fetch(out, place + n)) + (1 - damping) * before, np.float32(1e-30))))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from perpixel.refinement.team import in_team, share
+from perpixel.refinement.vectors import fetch, put
 
 # Lattice coordinates are exact integers in float32 up to 2**24; the margin leaves room for vertices around the last pixel.
 FARTHEST = 2.0**22
@@ -114,8 +115,9 @@ def _one_lattice(
     (slots, keys, count), *others = in_team(place, min(threads, pixels))
     names = [np.empty(0, np.int32)]
     for _, more, size in others:
-        slots, keys, count, new = _absorb(slots, keys, count, more[:size], start)
-        names.append(new)
+        slots, keys = _roomy(slots, keys, count, size)
+        names.append(np.empty(size, np.int32))
+        count = _absorb(slots, keys, count, more, names[-1], start)
     neighbours = np.zeros((d + 1, count, 2), np.int32)  # 0 is the row that no pixel touches
     steps = (d + 1) * np.hstack([strides, np.zeros((len(strides), 1), np.int64)]) - strides.sum(1, keepdims=True)
 
@@ -128,40 +130,50 @@ def _one_lattice(
     return neighbours
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _slot(key, words):  # type: ignore[no-untyped-def]
-    """A number with well-mixed upper and lower bits from a key (the multiplier is 2**64 over the golden ratio, Knuth vol. 3, 6.4)."""
-    mixed = np.uint64(0)
-    for w in range(words):
-        mixed = (mixed ^ np.uint64(key[w])) * np.uint64(0x9E3779B97F4A7C15)
-    return mixed >> np.uint64(32)
+@njit(cache=True, nogil=True, forceinline=True)  # a call would pass some thirty numbers on the stack
+def _slot(slots, known, words, keys, at, step):  # type: ignore[no-untyped-def]
+    """Where in `slots` a key is, or the empty slot where it belongs. The key's words are at `at`, `at` + step, ... in `keys`.
 
-
-@njit(cache=True, nogil=True)
-def _find(slots, keys, key, words):  # type: ignore[no-untyped-def]
-    """Where in `slots` the key is, or the empty slot where it belongs. A slot holds the vertex's number plus 1; 0 is empty."""
-    mask = np.uint64(len(slots) - 1)
-    slot = _slot(key, words) & mask
-    while slots[slot]:
-        same = True
-        for w in range(words):
-            same &= keys[slots[slot] - 1, w] == key[w]
-        if same:
+    A slot holds the vertex's number plus 1; 0 is empty. `known` has the words of the numbered vertices. The multiplier is 2**64 over the
+    golden ratio (Knuth vol. 3, 6.4), whose product is mixed best in its upper bits.
+    """
+    mask = len(slots) - 1
+    key = fetch(keys, at)
+    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
+    for w in range(1, words):
+        mixed = (mixed ^ np.uint64(fetch(keys, at + w * step))) * np.uint64(0x9E3779B97F4A7C15)
+    slot = np.int64(mixed >> np.uint64(32)) & mask
+    while True:
+        number = fetch(slots, slot)
+        if number == 0:
             break
-        slot = (slot + np.uint64(1)) & mask
+        vertex = (number - 1) * words
+        if fetch(known, vertex) == key:
+            same = True
+            for w in range(1, words):
+                same &= fetch(known, vertex + w) == fetch(keys, at + w * step)
+            if same:
+                break
+        slot = (slot + 1) & mask
     return slot
 
 
 @njit(cache=True, nogil=True)
-def _doubled(slots, keys, count):  # type: ignore[no-untyped-def]
-    """The same table with twice the room."""
+def _roomy(slots, keys, count, more):  # type: ignore[no-untyped-def]
+    """The same table, larger if it would be more than half full with so many more keys."""
+    if 2 * (count + more) <= len(slots):
+        return slots, keys
+    size = 2 * len(slots)
+    while 2 * (count + more) > size:
+        size *= 2
     words = keys.shape[1]
-    more = np.zeros(2 * len(slots), np.int32)
-    wide = np.empty((len(slots), words), np.int64)
+    new = np.zeros(size, np.int32)
+    wide = np.empty((size // 2, words), np.int64)
     wide[:count] = keys[:count]
     for number in range(count):
-        more[_find(more, wide, wide[number], words)] = number + 1
-    return more, wide
+        slot = _slot(new, wide, words, keys, number * words, 1)
+        new[slot] = number + 1
+    return new, wide
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -205,82 +217,82 @@ def _simplices(features, first, count, scale, lifted, nearest, rank):  # type: i
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _corners(lifted, nearest, ranks, count, lows, strides, rest, drop, shares, keys):  # type: ignore[no-untyped-def]
+    """From what `_simplices` found: weights (d + 1, BLOCK) and keys (d + 1, words, BLOCK) of the vertices around each pixel."""
+    d = len(ranks) - 1
+    words = len(strides)
+    for i in range(d + 1):
+        for n in range(count):
+            r = int(ranks[i, n])
+            put(rest, r * BLOCK + n, lifted[i, n])
+            for w in range(words):
+                put(drop, (r * words + w) * BLOCK + n, (d + 1) * strides[w, i] if i < d else 0)
+    for n in range(BLOCK):
+        shares[0, n] = np.float32(1) + rest[d, n] - rest[0, n]
+    for r in range(1, d + 1):
+        for n in range(BLOCK):
+            shares[r, n] = rest[d - r, n] - rest[d - r + 1, n]
+    # From one vertex of the simplex to the next: a step up in every coordinate, d + 1 down in that of the highest rank left.
+    for w in range(words):
+        keys[0, w] = 0
+        for i in range(d):
+            for n in range(BLOCK):
+                keys[0, w, n] += strides[w, i] * (np.int64(nearest[i, n]) - lows[i])
+        up = strides[w].sum()
+        for r in range(1, d + 1):
+            for n in range(BLOCK):
+                keys[r, w, n] = keys[r - 1, w, n] + up - drop[d - r + 1, w, n]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _place(features, first, last, scale, lows, strides, rows, weights, column, start):  # type: ignore[no-untyped-def]
     """Vertices and weights of the pixels from first to last; the table of their keys. `rows` gets vertex numbers from `start` on."""
     d = features.shape[1]
     words = len(strides)
     slots = np.zeros(1 << 14, np.int32)
-    keys = np.empty((1 << 13, words), np.int64)
+    known = np.empty((1 << 13, words), np.int64)
     count = 0
     lifted = np.zeros((d + 2, BLOCK), np.float32)
     nearest = np.zeros((d + 2, BLOCK), np.float32)
     ranks = np.zeros((d + 1, BLOCK), np.float32)
-    rest = np.empty(d + 1, np.float32)  # by rank
-    by_rank = np.empty(d + 1, np.int64)  # the coordinate of each rank
-    key = np.empty(words, np.int64)
-    up = strides.sum(1)
-    last_key = np.full((d + 1, words), -1, np.int64)  # of the pixel before, which often lies in the same simplex
-    last_row = np.zeros(d + 1, np.int32)
+    rest = np.zeros((d + 1, BLOCK), np.float32)  # by rank
+    drop = np.zeros((d + 1, words, BLOCK), np.int64)
+    shares = np.empty((d + 1, BLOCK), np.float32)
+    keys = np.empty((d + 1, words, BLOCK), np.int64)
     for block in range(first, last, BLOCK):
-        _simplices(features, block, min(BLOCK, last - block), scale, lifted, nearest, ranks)
-        for n in range(min(BLOCK, last - block)):
-            p = block + n
-            for w in range(words):
-                key[w] = 0
-            for i in range(d + 1):
-                r = int(ranks[i, n])
-                rest[r] = lifted[i, n]
-                by_rank[r] = i
-                if i < d:
-                    for w in range(words):
-                        key[w] += strides[w, i] * (np.int64(nearest[i, n]) - lows[i])
-            # From one vertex of the simplex to the next: a step up in every coordinate, d + 1 down in that of the highest rank left.
+        size = min(BLOCK, last - block)
+        slots, known = _roomy(slots, known, count, size * (d + 1))
+        _simplices(features, block, size, scale, lifted, nearest, ranks)
+        _corners(lifted, nearest, ranks, size, lows, strides, rest, drop, shares, keys)
+        for n in range(size):
+            at = (block + n) * rows.shape[1] + column
             for r in range(d + 1):
-                if r == 0:
-                    weights[p, column] = np.float32(1) + rest[d] - rest[0]
-                else:
-                    weights[p, column + r] = rest[d - r] - rest[d - r + 1]
-                    i = by_rank[d - r + 1]
+                put(weights, at + r, fetch(shares, r * BLOCK + n))
+                here = r * words * BLOCK + n
+                slot = _slot(slots, known, words, keys, here, BLOCK)
+                number = np.int64(fetch(slots, slot))
+                if number == 0:
                     for w in range(words):
-                        key[w] += up[w]
-                        if i < d:
-                            key[w] -= (d + 1) * strides[w, i]
-                same = True
-                for w in range(words):
-                    same &= key[w] == last_key[r, w]
-                if not same:
-                    slot = _find(slots, keys, key, words)
-                    if slots[slot] == 0:
-                        if count == len(keys):
-                            slots, keys = _doubled(slots, keys, count)
-                            slot = _find(slots, keys, key, words)
-                        for w in range(words):
-                            keys[count, w] = key[w]
-                        count += 1
-                        slots[slot] = count
-                    for w in range(words):
-                        last_key[r, w] = key[w]
-                    last_row[r] = start + slots[slot] - 1
-                rows[p, column + r] = last_row[r]
-    return slots, keys, count
+                        put(known, count * words + w, fetch(keys, here + w * BLOCK))
+                    count += 1
+                    number = count
+                    put(slots, slot, np.int32(number))
+                put(rows, at + r, np.int32(start + number - 1))
+    return slots, known, count
 
 
 @njit(cache=True, nogil=True)
-def _absorb(slots, keys, count, others, start):  # type: ignore[no-untyped-def]
-    """Add other keys to a table; the table, and the rows that they have in it."""
+def _absorb(slots, keys, count, others, names, start):  # type: ignore[no-untyped-def]
+    """Add other keys to a table that has room; how many it has then. `names` gets the rows of the others."""
     words = keys.shape[1]
-    names = np.empty(len(others), np.int32)
-    for number in range(len(others)):
-        slot = _find(slots, keys, others[number], words)
+    for number in range(len(names)):
+        slot = _slot(slots, keys, words, others, number * words, 1)
         if slots[slot] == 0:
-            if count == len(keys):
-                slots, keys = _doubled(slots, keys, count)
-                slot = _find(slots, keys, others[number], words)
             keys[count] = others[number]
             count += 1
             slots[slot] = count
         names[number] = start + slots[slot] - 1
-    return slots, keys, count, names
+    return count
 
 
 @njit(cache=True, nogil=True)
@@ -300,7 +312,7 @@ def _neighbours(slots, keys, steps, start, neighbours, first, last):  # type: ig
         for vertex in range(first, last):
             for w in range(words):
                 key[w] = keys[vertex, w] + steps[w, axis]
-            number = slots[_find(slots, keys, key, words)]
+            number = slots[_slot(slots, keys, words, key, 0, 1)]
             if number:
                 neighbours[axis, vertex, 0] = start + number - 1
                 neighbours[axis, number - 1, 1] = start + vertex
