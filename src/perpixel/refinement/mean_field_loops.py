@@ -127,9 +127,9 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def update(
+def update(  # type: ignore[no-untyped-def]
     width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step
-):  # type: ignore[no-untyped-def]
+):
     """One update of every `step`-th pixel of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
