@@ -131,11 +131,9 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
 
 @njit(cache=True, nogil=True, forceinline=True)
 def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
-    """Of two neighbours at p, where only one is updated, the one whose turn it is; which comes first is as if drawn for every pair.
-
-    Fixed or regular choices would leave columns out where the width is even.
-    """
-    return p if step == 1 else min(p + ((p * 0x9E3779B1 >> 20) + turn & 1), last - 1)
+    """Of two neighbours at p, where only one is updated, the one whose turn it is: a checkerboard that alternates where the width is odd,
+    columns that alternate where it is even."""
+    return p if step == 1 else min(p + (turn & 1), last - 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
