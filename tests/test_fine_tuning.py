@@ -139,7 +139,9 @@ def test_a_fine_tuning_that_is_stopped_goes_on_bit_identically(sample_set, tmp_p
         run(sample_set, tmp_path / "stopped", *settings, steps=4)
     monkeypatch.setattr(Run, "save", save)
     start.unlink()
-    assert run(sample_set, tmp_path / "stopped", resume=True).step == 4
+    again = [*SMALL, "train.crop=[64, 64]", *settings]  # the same command and --resume
+    folders = (sample_set / "images", sample_set / "masks")
+    assert train(*folders, out=tmp_path / "stopped", settings=again, steps=4, resume=True).step == 4
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -102,7 +102,8 @@ def test_a_run_with_passes_goes_on_bit_identically_and_ends_with_statistics_of_i
     with pytest.raises(KeyboardInterrupt):
         train(images, masks, out=tmp_path / "stopped", recipe="bayesian_segnet_basic_paper", steps=8, settings=settings)
     monkeypatch.setattr(Run, "save", save)
-    train(images, masks, out=tmp_path / "stopped", resume=True)
+    again = {"recipe": "bayesian_segnet_basic_paper", "steps": 8, "settings": settings}  # the same command and --resume
+    train(images, masks, out=tmp_path / "stopped", resume=True, **again)
     assert stopped_at[0] < 8
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)

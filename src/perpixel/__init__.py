@@ -47,6 +47,9 @@ class _Package(ModuleType):
             raise AttributeError(f"module 'perpixel' has no attribute {name!r}")
         return getattr(import_module(_HOME[name]), name)
 
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)

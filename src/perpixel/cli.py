@@ -198,7 +198,7 @@ def models(json: Json = False) -> None:
     if json:
         _print_json(to_json())
     else:
-        render(Console())
+        render(Console() if sys.stdout.isatty() else Console(width=160))
 
 
 @app.command()

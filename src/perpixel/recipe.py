@@ -226,6 +226,8 @@ def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any], at: str 
     found: list[str] = []
     for key in dict.fromkeys([*first, *second]):
         one, two = first.get(key), second.get(key)
+        if isinstance(one, Mapping) and two is None:
+            two = {}
         if isinstance(one, Mapping) and isinstance(two, Mapping):
             found += differing_keys(one, two, f"{at}{key}.")
         elif one != two:

@@ -74,7 +74,7 @@ def train(
     given = merge(read_recipe(recipe) if recipe else {}, read_settings(settings), _length(steps, minutes))
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
-        given = _resumed(out / "recipe.yaml", given)
+        given = _resumed(out / "recipe.yaml", given, read_settings(settings))
     start = None if resumed else given.get("model", {}).get("start_from")
     if start:
         if read_settings(settings).get("model", {}).get("encoder_weights"):
@@ -88,7 +88,7 @@ def train(
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given)
     if not resumed:
-        _announce(report, reasons, console)
+        _announce(report, reasons, read_settings(settings), console)
     return fit(full, report, out, console, started, None if resumed else reasons)
 
 
@@ -105,7 +105,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     run = Run(fabric.broadcast(recipe), report, fabric, out, fresh=not (out / "resume.safetensors").exists())
     run.restore()
     if run.stayed_new:
-        console.print(f"not in {escape(str(recipe.model.start_from))}, so these start anew: {', '.join(run.stayed_new)}", soft_wrap=True)
+        console.print(f"not in {escape(str(recipe.model.start_from))}, so these start anew: {_briefly(run.stayed_new)}", soft_wrap=True)
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
@@ -152,6 +152,13 @@ def _fabric(section: TrainSection) -> Fabric:
     return fabric
 
 
+def _briefly(names: Sequence[str]) -> str:
+    """Names of tensors; where they are many, the parts of the model that they lie in."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    return ", ".join(f"{part}.*" for part in dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+
 def _of_bundle(path: Path) -> dict[str, Any]:
     """The part of a recipe that a bundle stands for: its weights fit, mean the same, and see no validation image of theirs again."""
     card = read_card(path, read_tensors(path)[1])
@@ -180,9 +187,20 @@ def _length(steps: int | None, minutes: float | None) -> dict[str, Any]:
     return {"train": {"steps": steps, "minutes": minutes}}
 
 
-def _resumed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a run to go on with; whatever else is given must not contradict it, or the run would be no longer one."""
+def _resumed(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a run to go on with; whatever else is given must not contradict it, or the run would be no longer one.
+
+    The command that began the run does not: one number for all bands has become one for each, and a bundle to start from has taken the
+    place of the weights that a shipped recipe names.
+    """
     own = read_recipe(path)
+    data = {
+        key: value * len(own["data"][key]) if key in ("mean", "std") and len(value) == 1 else value
+        for key, value in given.get("data", {}).items()
+    }
+    given = merge(given, {"data": data})
+    if given.get("model", {}).get("start_from") and "encoder_weights" not in settings.get("model", {}):
+        given = merge(given, {"model": {"encoder_weights": None}})
     before, after = (Recipe.model_validate(parts).model_dump() for parts in (own, merge(own, given)))
     if changed := differing_keys(before, after):
         raise ValueError(f"{path} says otherwise about {', '.join(changed)}. A resumed run keeps its recipe; train into another folder.")
@@ -216,9 +234,12 @@ def _checked(
     return report
 
 
-def _announce(report: Check, reasons: Mapping[str, str], console: Console) -> None:
-    """What was found and what will be done, one reason per line."""
+def _announce(report: Check, reasons: Mapping[str, str], settings: Mapping[str, Any], console: Console) -> None:
+    """What was found, what will be done, and what was asked for beside the plan, one reason per line."""
     for line in [*report.reasons, *report.warnings]:
         console.print(f"[dim]data[/]  {escape(line)}", soft_wrap=True)
     for key, reason in reasons.items():
         console.print(f"[cyan]{key}[/]  {escape(reason)}", soft_wrap=True)
+    for key in differing_keys(settings, {}):
+        if not any(known == key or known.startswith(f"{key}.") for known in reasons):
+            console.print(f"[cyan]{key}[/]  as you asked", soft_wrap=True)

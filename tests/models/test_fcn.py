@@ -74,9 +74,12 @@ def test_bfloat16_autocast_and_channels_last_give_nearly_the_same_logits_in_floa
     assert (low - model(image)).norm() < 0.1 * low.norm()
 
 
-@pytest.mark.parametrize("head_stride", [0, 64, -8])
+@pytest.mark.parametrize("head_stride", [0, 64, -8, 7])
 def test_a_head_stride_that_cannot_be_is_refused(head_stride):
-    with torch.device("meta"), pytest.raises(ValueError, match=r"must be from 1 to 32, the encoder's coarsest stride. .* 2, 4, 8, 16, 32"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"must be a power of two from 1 to 32, the encoder's coarsest stride. .* 2, 4, 8, 16, 32"),
+    ):
         fcn(2, "resnet18", head_stride=head_stride)
 
 

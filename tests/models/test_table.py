@@ -112,6 +112,17 @@ def test_people_see_whole_names_and_figures_in_120_columns():
     assert all(name in text for name in ENCODERS)
 
 
+def test_80_columns_show_whole_names_and_figures_and_say_what_is_left_out():
+    console = Console(width=80, record=True, file=StringIO())
+    render(console)
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert "120 columns" in text
+    for row in describe():
+        words = next(words for words in map(str.split, text.splitlines()) if words[:1] == [row.name])
+        assert words[1:] == [f"{row.parameters:,}", str(row.output_stride), str(row.receptive_field), str(row.margin)]
+
+
 def test_programs_get_the_same_rows(rows):
     told = to_json()
     assert [row["name"] for row in told["models"]] == list(rows)

@@ -380,9 +380,9 @@ class FCNDecoder(nn.Module):
 
     def __init__(self, channels: list[int], strides: list[int], classes: int, head_stride: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        if not 1 <= head_stride <= strides[-1]:
+        if not 1 <= head_stride <= strides[-1] or head_stride & (head_stride - 1):
             raise ValueError(
-                f"head_stride is {head_stride}; it must be from 1 to {strides[-1]}, the encoder's coarsest stride. "
+                f"head_stride is {head_stride}; it must be a power of two from 1 to {strides[-1]}, the encoder's coarsest stride. "
                 f"The encoder has maps at strides {', '.join(map(str, strides))}"
             )
         self.scored = [i for i in reversed(range(len(strides))) if strides[i] >= head_stride]

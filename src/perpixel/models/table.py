@@ -99,17 +99,23 @@ def to_json() -> dict[str, list[dict[str, object]]]:
 
 
 def render(console: Console) -> None:
-    """What can be built, as tables for people; 120 columns are enough."""
+    """What can be built, as tables for people; fewer than 120 columns leave out papers and notes."""
     table = Table(box=SIMPLE, title="--set model.name=NAME", title_justify="left", padding=(0, 2, 0, 0))
+    wide = console.width >= 120
     table.add_column("model", no_wrap=True)
-    table.add_column("paper", no_wrap=True)
+    if wide:
+        table.add_column("paper", no_wrap=True)
     for heading in ("parameters", "stride", "sees", "margin"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    if wide:
+        table.add_column("")
     for row in describe():
         paper = row.paper.replace(" et al., ", f" {row.year}\n", 1)
-        table.add_row(row.name, paper, f"{row.parameters:,}", str(row.output_stride), str(row.receptive_field), str(row.margin), row.note)
+        figures = [f"{row.parameters:,}", str(row.output_stride), str(row.receptive_field), str(row.margin)]
+        table.add_row(*([row.name, paper, *figures, row.note] if wide else [row.name, *figures]))
     console.print(table)
+    if not wide:
+        console.print("120 columns, or --json, show the papers and notes too.")
     console.print(
         "parameters: for 2 classes, with default options. stride: image pixels between two pixels of the coarsest map. sees: side in "
         "pixels of what such a pixel, or a score on it, sees of the image. margin: border pixels that are seen but not labelled.\n"

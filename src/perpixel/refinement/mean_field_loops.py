@@ -22,15 +22,17 @@ _SIXTEEN = (None,) * BLOCK
 def to_rows(energies, rows, channels, first, last):  # type: ignore[no-untyped-def]
     """Scores relative to the last label, (P, width), from energies (K, P)."""
     labels = len(energies)
-    for p in range(first, last):
-        for c in range(channels, rows.shape[1]):
-            rows[p, c] = 0
     far = np.float32(1.6e38)  # half of the largest number, so that differences of two scores are finite
+    size, pixels = rows.shape[1], energies.shape[1]
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
-        for c in range(channels):
+        for c in range(size):
             for p in range(start, stop):
-                rows[p, c] = min(max(energies[labels - 1, p] - energies[c, p], -far), far)
+                if c < channels:
+                    score = fetch(energies, (labels - 1) * pixels + p) - fetch(energies, c * pixels + p)
+                    put(rows, p * size + c, min(max(score, -far), far))
+                else:
+                    put(rows, p * size + c, np.float32(0))
 
 
 @njit(cache=True, nogil=True)
@@ -90,6 +92,7 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
     terms = rows.shape[1]
     first, last = share(0, len(rows), number, team)
     own = tables[number]
+    own[:] = 0
     for p in range(first, last):
         for b in range(chunks):
             i = b * lanes
@@ -126,15 +129,22 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
             store(table, r * size + i, vector)
 
 
+@njit(cache=True, nogil=True, forceinline=True)
+def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
+    """Of two neighbours at p, where only one is updated, the one whose turn it is: a checkerboard that alternates where the width is odd,
+    columns that alternate where it is even."""
+    return p if step == 1 else min(p + (turn & 1), last - 1)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def update(  # type: ignore[no-untyped-def]
-    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, messages, final, damping, first, last, step
+    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
 ):
-    """One update of every `step`-th pixel of a band; the largest change of a probability where `kept` has the old ones.
+    """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
         unary: (P * width,) scores before messages.
-        blurred: the table to slice, unless `messages` is False.
+        blurred: the table to slice, unless `turn` is 0.
         own: the table to splat into.
         block: scratch.
         kept: (P, width + lanes) probabilities of the other labels, then of the last, where damping or convergence needs them, else empty.
@@ -152,12 +162,12 @@ def update(  # type: ignore[no-untyped-def]
     for start in range(first, last, BLOCK * step):
         count = min(BLOCK, (last - start + step - 1) // step)
         for n in range(count):
-            p = start + n * step
+            p = _pixel(start + n * step, last, step, turn)
             peak = np.float32(0)  # the last label's score
             for b in range(chunks):
                 i = b * lanes
                 score = load(unary, p * size + i, width)
-                if messages:
+                if turn > 0:
                     for j in range(p * terms, (p + 1) * terms):
                         score = add_scaled(score, fetch(slices, j), load(blurred, fetch(rows, j) * size + i, width))
                 peak = max(peak, largest(score))
@@ -170,7 +180,7 @@ def update(  # type: ignore[no-untyped-def]
         for i in range(0, BLOCK * (size + 1), BLOCK):
             store(powers, i, power(load(scores, i, _SIXTEEN)))
         for n in range(count):
-            p = start + n * step
+            p = _pixel(start + n * step, last, step, turn)
             least = powers[BLOCK * size + n]
             whole = spare * least  # unused lanes are as large as the last label's, and counted by `total`
             for b in range(chunks):
@@ -240,13 +250,13 @@ def infer(  # type: ignore[no-untyped-def]
                 if mixed[k]:
                     mix_labels(number, team, width, chunks, blurred, starts, k, matrices[k], block)
             wait(opened, team)
-            own[:] = 0
+        own[:] = 0
         if tolerance > 0 and turn > 1:
             done = changes[:team].max() < tolerance
         final = done or turn == iterations
         changes[number] = update(
             width, chunks, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
-            turn > 0, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
+            turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
         )  # fmt: skip
         if final:
             break
