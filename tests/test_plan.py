@@ -1,6 +1,7 @@
 """The plan: rules that tie a recipe to the data and the machine. Numbers may change with experience; these rules may not."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -324,6 +325,13 @@ def test_a_published_trunk_with_weights_gets_imagenet_s_statistics_and_a_gentle_
     assert recipe.train.encoder_lr_scale < 1
     scratch, _ = plan(a_check(), LAPTOP, {"model": {"name": "fcn8s_paper"}})
     assert scratch.data.mean == a_check().mean
+
+
+def test_weights_from_a_bundle_want_its_normalisation(make_bundle):
+    path = make_bundle()
+    card = json.loads(plan_module._metadata(path)["perpixel"])
+    recipe, _ = plan(a_check(), LAPTOP, {"model": {"name": "deeplab_v3_paper", "encoder_weights": str(path)}})
+    assert (recipe.data.mean, recipe.data.std) == (card["mean"], card["std"])
 
 
 def test_one_number_for_mean_or_deviation_counts_for_every_band():

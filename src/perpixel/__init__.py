@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from perpixel.evaluate import evaluate
     from perpixel.models import build, convolutionize
     from perpixel.predict import Segmenter, load
+    from perpixel.refine import refine
     from perpixel.tiling import predict_tiled
     from perpixel.train import train
+    from perpixel.tune import tune
 
 __version__ = "0.1.0"
-__all__ = ["Segmenter", "build", "check", "convolutionize", "evaluate", "load", "predict_tiled", "train"]
+__all__ = ["Segmenter", "build", "check", "convolutionize", "evaluate", "load", "predict_tiled", "refine", "train", "tune"]
 
 _HOME = {
     "Segmenter": "perpixel.predict",
@@ -27,7 +29,9 @@ _HOME = {
     "evaluate": "perpixel.evaluate",
     "load": "perpixel.predict",
     "predict_tiled": "perpixel.tiling",
+    "refine": "perpixel.refine",
     "train": "perpixel.train",
+    "tune": "perpixel.tune",
 }
 
 

@@ -22,6 +22,7 @@ from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
+from perpixel.models.encoders import fit_bands
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
 
@@ -101,7 +102,7 @@ class Bundle:
         """
         if choice == "none" or (choice == "bundle" and self.card.refiner is None):
             return None
-        from perpixel.refinement import build_refiner  # its compiled loops take as long to load as a small prediction takes
+        from perpixel.refinement.refiners import build_refiner  # its compiled loops take as long to load as a small prediction takes
 
         spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
         return build_refiner(spec.name, spec.options).to(next(self.model.parameters()).device)
@@ -127,6 +128,8 @@ def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
 def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
     """Gives `model` every weight of a bundle that it has in the same shape, in place; training goes on from there.
 
+    A first convolution on 3 bands is averaged and rescaled for another number (`models.encoders.fit_bands`).
+
     Returns:
         Names of the model's tensors that the bundle does not have so, and that stay as they are: the classifier, where the number of
         classes differs, or parts that the bundle's model was built without.
@@ -134,8 +137,12 @@ def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
     Raises:
         ValueError: as `load_bundle`; and if the bundle lacks a part of the encoder, so that it is another network's.
     """
-    tensors = load_bundle(path).model.state_dict()
+    tensors = dict(load_bundle(path).model.state_dict())
     own = model.state_dict()
+    for name, value in own.items():
+        bands = name in tensors and value.ndim == 4 and tensors[name].shape[1] == 3 and tensors[name].shape[::2] == value.shape[::2]
+        if name.startswith("encoder.") and bands:
+            tensors[name] = fit_bands(tensors[name], value, name)
     stay = [name for name, value in own.items() if name not in tensors or tensors[name].shape != value.shape]
     if other := [name for name in stay if name.startswith("encoder.")]:
         there = f"{tuple(tensors[other[0]].shape)}" if other[0] in tensors else "nothing"

@@ -1,5 +1,6 @@
 """From a checked data set and this machine to a full recipe, with one reason per choice."""
 
+import json
 import math
 import os
 import re
@@ -182,6 +183,10 @@ def encoder_of(weights: Path) -> str:
 
 def input_statistics(encoder: str, weights: bool | str | None, report: Check) -> tuple[list[float], list[float], str]:
     """Mean and standard deviation per band that the encoder expects of its input, 0..1, and the reason."""
+    if isinstance(weights, str) and (card := _metadata(Path(weights)).get("perpixel")):
+        seen = json.loads(card)
+        if len(seen["mean"]) == report.bands:
+            return seen["mean"], seen["std"], f"as {Path(weights).name} was trained"
     if report.bands == 3 and isinstance(weights, str):
         words = _metadata(Path(weights)).get("input", "")
         if stated := re.search(r"mean ([\d.]+), std ([\d.]+)", words):

@@ -110,7 +110,7 @@ class TrainSection(Section):
     clip: float | None = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    frozen: list[str] = []  # parts of the model that keep their weights: "encoder", "decoder.head"
+    frozen: list[str] = []  # parts of the model that stay as they are: "encoder", "decoder.head"
     freeze_batch_norm: bool | Literal["all"] = False  # its statistics: true: those of the encoder
     batch_norm_pass: bool = False  # before each validation, statistics of batch norm from one pass over the training images
     loss: list[LossTerm] = [LossTerm(name="cross_entropy", weight=1.0)]

@@ -11,7 +11,7 @@ import torch
 from perpixel.data.display import default_colors
 from perpixel.data.images import read_image
 from perpixel.data.writing import write_array, write_labels
-from perpixel.refinement import build_refiner
+from perpixel.refinement.refiners import build_refiner
 
 KINDS = ("auto", "probabilities", "logits")
 SMALLEST = 1e-8  # a probability below this counts as this: its logarithm would be infinite

@@ -131,7 +131,10 @@ class Run:
             yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
 
     def _batch_norm_pass(self) -> None:
-        """Statistics of batch norm of the scored model, from the first epoch's images in whole batches, each process with its share."""
+        """Statistics of batch norm of the scored model, from the first epoch's images in whole batches.
+
+        Each process takes its share, and the averages of all are averaged. Where batch norm is not synchronised, a batch is a share of one.
+        """
         torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
         batches = -(-len(self.train_images) // self.section.batch)
         with self.fabric.autocast():
@@ -168,6 +171,9 @@ class Run:
         self.model.train()
         if section.freeze_batch_norm:
             freeze_batch_norm(self.bare if section.freeze_batch_norm == "all" else self.bare.encoder)
+        for layer in batch_norms(self.bare):
+            if layer.weight is not None and not layer.weight.requires_grad:  # of a frozen part: its statistics stay too
+                layer.eval()
         with self.fabric.autocast():  # Fabric opens it around `forward` alone
             outputs = self.model.supervised(self._pixels(images))
         value = self._cost(outputs, labels.to(device), None if weights is None else weights.to(device))

@@ -75,11 +75,16 @@ def train(
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given)
-    elif start := given.get("model", {}).get("start_from"):
-        given = merge(_of_bundle(Path(start)), given)
+    start = None if resumed else given.get("model", {}).get("start_from")
+    if start:
+        if read_settings(settings).get("model", {}).get("encoder_weights"):
+            raise ValueError("model.start_from and model.encoder_weights both say where the encoder starts; give one of them")
+        given = merge(_of_bundle(Path(start)), given, {"model": {"encoder_weights": None}})
     if resume and not resumed:
         console.print(f"nothing to resume in {escape(str(out))}: a new run starts there", soft_wrap=True)
     report = _checked(images, masks, classes, labels, given.get("data", {}), console)
+    if start:
+        given = _fitting(given, Path(start), report, console)
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given)
     if not resumed:
@@ -100,7 +105,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     run = Run(fabric.broadcast(recipe), report, fabric, out, fresh=not (out / "resume.safetensors").exists())
     run.restore()
     if run.stayed_new:
-        console.print(f"new in {escape(str(recipe.model.start_from))}'s place: {', '.join(run.stayed_new)}", soft_wrap=True)
+        console.print(f"not in {escape(str(recipe.model.start_from))}, so these start anew: {', '.join(run.stayed_new)}", soft_wrap=True)
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
@@ -148,10 +153,22 @@ def _fabric(section: TrainSection) -> Fabric:
 
 
 def _of_bundle(path: Path) -> dict[str, Any]:
-    """The part of a recipe that a bundle stands for, so that its weights fit and mean the same."""
+    """The part of a recipe that a bundle stands for: its weights fit, mean the same, and see no validation image of theirs again."""
     card = read_card(path, read_tensors(path)[1])
-    model = {"name": card.model, "encoder": card.encoder, "encoder_weights": None, "options": card.options}
-    return {"model": model, "data": {"mean": card.mean, "std": card.std}}
+    model = {"name": card.model, "encoder": card.encoder, "options": card.options}
+    data = {"mean": card.mean, "std": card.std, "val_fraction": card.val_fraction, "split_seed": card.split_seed}
+    return {"model": model, "data": data}
+
+
+def _fitting(given: Mapping[str, Any], path: Path, report: Check, console: Console) -> dict[str, Any]:
+    """`given` without the bundle's normalisation where the images have other bands; says so where its classes have other names."""
+    card = read_card(path, read_tensors(path)[1])
+    if len(card.classes) == len(report.classes) and card.classes != report.classes:
+        old, new = ", ".join(card.classes), ", ".join(report.classes)
+        console.print(f"the classifier of {escape(str(path))}, made for {escape(old)}, goes on as that of {escape(new)}", soft_wrap=True)
+    own = card.bands != report.bands
+    data = {key: value for key, value in given["data"].items() if not (own and key in ("mean", "std") and value == getattr(card, key))}
+    return {**given, "data": data}
 
 
 def _length(steps: int | None, minutes: float | None) -> dict[str, Any]:

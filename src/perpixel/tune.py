@@ -5,7 +5,6 @@ gain is that of cross-validation: each half of the images is refined by what was
 was searched on it, and a refiner that only fits the validation images gains nothing.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,29 +27,17 @@ from perpixel.metrics import tallies
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
 from perpixel.metrics.region import Region
-from perpixel.refinement import REFINERS, build_refiner
+from perpixel.refinement.candidates import Candidate, coarse_grid, neighbours
 from perpixel.refinement.compatibility import fit_compatibility
+from perpixel.refinement.refiners import REFINERS, build_refiner
 from perpixel.tiling import predict_tiled
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
 
-MEMORY = 4 * 2**30  # bytes of scores kept at a time; of a larger set, images at even distances are taken
+MEMORY = 4 * 2**30  # bytes of scores that are kept; images beyond are left out, as are those beyond the share of time for predictions
+PREDICTING_SHARE = 0.35
 FOLDS = 2
 COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for what lies around the best of it
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One refiner with the options that differ from its defaults."""
-
-    name: str
-    options: dict[str, Any]
-
-    @property
-    def words(self) -> str:
-        """The options for people, label costs as a word."""
-        shown = {key: "learned" if key == "compatibility" else value for key, value in self.options.items() if value is not None}
-        return f"{self.name} " + ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 @dataclass
@@ -75,7 +62,7 @@ class Tuning:
     boundary: Interval | None = None
     best: dict[str, tuple[Candidate, float]] = field(default_factory=dict)
     tried: int = 0
-    left_out: int = 0  # images, for memory
+    left_out: int = 0  # images, for lack of time or memory
     damaged: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -156,9 +143,10 @@ def tune(
     chosen = [pair for pair in pairs if pair.split == split]
     if not chosen:
         raise ValueError(f"{images}: no labelled images in the part '{split}' to tune on")
-    search = _Search(loaded, LabelledImages(chosen, loaded.label_map, loaded.card.bands, loaded.card.dtype, cache=False), progress)
+    data = LabelledImages(chosen, loaded.label_map, loaded.card.bands, loaded.card.dtype, cache=False)
+    search = _Search(loaded, data, start + 60 * minutes * PREDICTING_SHARE, progress)
     costs = _learned_costs([pair.mask for pair in pairs if pair.split == "train"], loaded)
-    deadline = start + 60 * minutes
+    deadline = start + 60 * minutes - search.closing_seconds()
     for number, name in enumerate(refiners):
         now = time.monotonic()
         search.explore(name, costs, now + (deadline - now) / (len(refiners) - number))
@@ -176,13 +164,13 @@ def tune(
 class _Search:
     """Scores of the images, kept, and the counts of each candidate on each of them."""
 
-    def __init__(self, bundle: Bundle, images: LabelledImages, progress: Progress | None) -> None:
+    def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None) -> None:
         self.bundle, self.progress = bundle, progress
         self.ignore, self.classes = bundle.label_map.ignore, len(bundle.card.classes)
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # logits (1, K, H, W), image (1, C, H, W), labels (H, W)
         self.damaged: dict[str, str] = {}
         self.tables: dict[str, tuple[Candidate, np.ndarray]] = {}  # by its words and options: (N, K, 3) counts
-        self.left_out = self._predict(images)
+        self.left_out = self._predict(images, until)
         if not self.scores:
             raise ValueError(f"none of {len(images)} images could be read. The first: {next(iter(self.damaged.values()))}")
         self.plain = self._counts(None)
@@ -190,32 +178,40 @@ class _Search:
         self.folds = [np.arange(len(self.scores)) % FOLDS == fold for fold in range(FOLDS)]
 
     @torch.inference_mode()
-    def _predict(self, images: LabelledImages) -> int:
-        """Keeps scores of as many images as memory allows; returns how many it left out."""
+    def _predict(self, images: LabelledImages, until: float) -> int:
+        """Keeps the scores of as many images as memory and time allow, at least one; returns how many it left out."""
         card, device = self.bundle.card, next(self.bundle.model.parameters()).device
-        todo, used, step = list(range(len(images))), 0, 0
-        for place, index in enumerate(todo):
+        kept: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+        used = 0
+        for place, index in enumerate(_evenly(len(images))):
+            if kept and (used > MEMORY or time.monotonic() > until):
+                break
             try:
                 example = images[index]
             except ValueError as error:
                 self.damaged[str(images.pairs[index].image)] = str(error)
                 continue
-            if not step:
-                each = example.labels.numel() * (4 * self.classes + 8)
-                step = max(1, -(-len(todo) * each // MEMORY))
-            if place % step:
-                continue
             logits = predict_tiled(self.bundle.model, self.bundle.normalize(example.image.to(device)), card.tile, card.overlap).float()
-            self.scores.append((logits[None], example.image[None], example.labels))
-            used += 1
-            self._say(place + 1, len(todo), "predicting")
-        return len(todo) - used - len(self.damaged)
+            kept.append((index, (logits[None], example.image[None], example.labels)))
+            used += logits.numel() * 4 + example.image.numel() * example.image.element_size() + example.labels.numel()
+            self._say(place + 1, len(images), "predicting")
+        self.scores = [scores for _, scores in sorted(kept, key=lambda entry: entry[0])]
+        return len(images) - len(kept) - len(self.damaged)
+
+    def closing_seconds(self) -> float:
+        """About how long the boundary scores take in the end, without and with a refiner: twice those of one image for each."""
+        start = time.monotonic()
+        for _ in range(2):  # the first loads what is compiled
+            start = time.monotonic()
+            for _, labels, predicted in self._labelled(None, [0]):
+                BoundaryF(self.classes).update(labels, predicted, ignore=self.ignore)
+        return 2.5 * (time.monotonic() - start) * len(self.scores)
 
     def explore(self, name: str, costs: list[list[float]] | None, until: float) -> None:
         """Coarse grid, then what lies around the best, until time is over. The first candidate is always tried."""
         start = time.monotonic()
         scale = FULL_SCALE[self.bundle.card.dtype] / 255
-        coarse = list(_coarse(name, scale))
+        coarse = list(coarse_grid(name, scale))
         thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
         ranked = []
         for number, candidate in enumerate(coarse):
@@ -251,19 +247,19 @@ class _Search:
             yield candidate
         for step in (2**0.5, 2**0.25):
             for centre in self._leaders(name):
-                yield from _neighbours(centre, step, costs)
+                yield from neighbours(centre, step, costs)
 
     def _leaders(self, name: str) -> list[Candidate]:
         """The best candidate of this refiner on each half and on all images."""
         own = [entry for entry in self.tables.values() if entry[0].name == name]
         picks = [self._best(own, fold)[0] for fold in [*self.folds, np.ones(len(self.scores), bool)] if fold.any()]
-        return list({_key(candidate): candidate for candidate in picks}.values())
+        return list({candidate.key: candidate for candidate in picks}.values())
 
     def _try(self, candidate: Candidate) -> bool:
         """Counts a candidate on all images, once."""
-        if _key(candidate) in self.tables:
+        if candidate.key in self.tables:
             return False
-        self.tables[_key(candidate)] = (candidate, self._counts(candidate))
+        self.tables[candidate.key] = (candidate, self._counts(candidate))
         return True
 
     @torch.inference_mode()
@@ -325,6 +321,13 @@ class _Search:
             self.progress(done, of, what)
 
 
+def _evenly(count: int) -> list[int]:
+    """0..count - 1 in an order of which every beginning is spread over the whole: that of the bits read backwards."""
+    bits = max(1, (count - 1).bit_length())
+    order = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [index for index in order if index < count]
+
+
 def _learned_costs(masks: Sequence[Any], bundle: Bundle) -> list[list[float]] | None:
     """Label costs of the training masks; None where there is nothing to learn them from."""
     label_map, classes = bundle.label_map, len(bundle.card.classes)
@@ -344,52 +347,6 @@ def _learned_costs(masks: Sequence[Any], bundle: Bundle) -> list[list[float]] | 
     except ValueError:  # no training masks, or no two classes that touch
         return None
     return [[round(value, 4) for value in row] for row in costs.tolist()]
-
-
-def _coarse(name: str, scale: float) -> Iterator[Candidate]:
-    """The first grid of a refiner; `scale` brings bandwidths of colours to the image's type."""
-    if name == "dense_crf":
-        # Around DeepLab's grids (xy 30 to 100, rgb 3 to 20): weights of 3 and 10, the smoothness kernel fixed at 3 and 3.
-        for colour, xy, weight in itertools.product((5.0, 13.0, 30.0), (15.0, 50.0), (1.0, 4.0, 10.0)):
-            yield Candidate(name, {"kernels": [_appearance(xy, colour * scale, weight), {"xy": 3.0, "weight": 1.0}]})
-    elif name == "grid_mrf":
-        for strength, floor in itertools.product((0.3, 1.0, 3.0, 10.0), (0.0, 0.3)):
-            yield Candidate(name, {"strength": strength, "floor": floor, "neighbours": 8})
-    else:
-        for weight, sharpness in itertools.product((1.0, 4.0, 16.0, 64.0), (0.5, 1.0, 4.0)):
-            yield Candidate(name, {"weight": weight, "sharpness": sharpness, "neighbours": 8})
-
-
-def _appearance(xy: float, colour: float, weight: float) -> dict[str, float]:
-    return {"xy": xy, "colour": colour, "weight": weight}
-
-
-def _neighbours(centre: Candidate, step: float, costs: list[list[float]] | None) -> Iterator[Candidate]:
-    """What differs from a candidate in one number by a factor of `step`, and with the label costs of the training masks."""
-    options = centre.options
-    if costs is not None and options.get("compatibility") is None:
-        learned: dict[str, Any] = {"compatibility": costs}
-        if centre.name == "grid_mrf":
-            learned["repair_metric"] = True
-        if centre.name == "gaussian_crf":
-            learned |= {"labels": "full", "classes": len(costs)}
-        yield Candidate(centre.name, {**options, **learned})
-    if centre.name == "dense_crf":
-        for place, key in itertools.product(range(len(options["kernels"])), ("weight", "colour", "xy")):
-            for factor in (step, 1 / step):
-                kernels = [dict(kernel) for kernel in options["kernels"]]
-                if key in kernels[place]:
-                    kernels[place][key] = round(kernels[place][key] * factor, 3)
-                    yield Candidate(centre.name, {**options, "kernels": kernels})
-        return
-    for key in ("strength", "floor", "weight", "sharpness"):
-        for factor in (step, 1 / step):
-            if options.get(key):
-                yield Candidate(centre.name, {**options, key: round(options[key] * factor, 4)})
-
-
-def _key(candidate: Candidate) -> str:
-    return f"{candidate.name} {sorted(candidate.options.items())}"
 
 
 def _gain(result: Tuning) -> dict[str, Any]:
@@ -421,7 +378,9 @@ def render(result: Tuning, console: Console) -> None:
                 f"[bold]{100 * gain.value:+.2f}[/] ({100 * gain.low:+.2f} to {100 * gain.high:+.2f} in {100 * gain.level:.0f} % of cases)"
             )
     if result.left_out:
-        console.print(f"[yellow]{result.left_out} images were left out[/]: their scores do not fit into memory", soft_wrap=True)
+        console.print(
+            f"[yellow]{result.left_out} images were left out[/]: for lack of time or memory; more --minutes take more", soft_wrap=True
+        )
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     console.print(escape(result.verdict), soft_wrap=True)

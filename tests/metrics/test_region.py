@@ -233,6 +233,6 @@ def test_each_rule_for_absent_classes_divides_by_what_it_says():
 
 def test_the_fast_loop_and_the_bins_of_torch_count_the_same():
     """The bins are what runs on a GPU."""
-    labels, predicted = next(images(count=1, classes=1))
+    labels, predicted = list(images())[3]
     matrix = confusion(labels, predicted, 4)
     np.testing.assert_array_equal(matrix.counts, Confusion(4)._count_by_bins(torch.from_numpy(labels), torch.from_numpy(predicted), VOID))

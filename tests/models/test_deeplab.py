@@ -7,10 +7,12 @@ import torchvision
 from torch import nn
 
 from perpixel.models import build
-from perpixel.models.atrous import ContextNorm, atrous_convolution, atrous_encoder, field_of_view, zoom
+from perpixel.models.atrous import ContextNorm, atrous_convolution, atrous_encoder, field_of_view, summed, zoom
 from perpixel.models.deeplab_v1 import AtrousClassifier, Fc6, decimate
 from perpixel.models.deeplab_v3 import deeplab_v3_torchvision
+from perpixel.models.encoders import DilationError
 from perpixel.models.importing import import_weights
+from perpixel.models.torchvision_trunks import any_encoder
 
 GENERAL = ["deeplab_v1", "deeplab_v2", "deeplab_v3", "deeplab_v3plus"]
 
@@ -58,6 +60,20 @@ def test_decimation_keeps_evenly_spaced_taps_and_the_same_filters_in_fc7(kernel,
     assert torch.equal(decimate(whole, kernel, 8)["fc6.bias"], filters)  # nothing is shuffled where all are kept
     with pytest.raises(ValueError, match="at most 7 taps per axis and 8 filters"):
         decimate(whole, kernel, 9)
+
+
+def test_scores_of_branches_are_added_up_in_float32():
+    """256 ones and one half in bfloat16, which has 8 bits, would lose the half."""
+    maps = [torch.full((1, 1, 1, 1), value, dtype=torch.bfloat16) for value in (256.0, 0.5)]
+    assert summed(maps).item() == 256.5
+
+
+def test_an_encoder_that_cannot_dilate_is_an_error_of_its_own_kind():
+    with pytest.raises(DilationError, match="at output stride 8"):
+        any_encoder("googlenet", output_stride=8)
+    with pytest.raises(ValueError, match="unknown encoder") as unknown:
+        any_encoder("resnet35", output_stride=8)
+    assert not isinstance(unknown.value, DilationError)
 
 
 def test_fc6_and_fc7_of_a_vgg_classifier_land_in_the_head():

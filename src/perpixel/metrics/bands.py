@@ -3,8 +3,8 @@
 Both need the chessboard distance of each pixel to the nearest pixel that differs, which two sweeps over the image give for all classes and
 all widths at once; eroding each class's mask once per pixel of width gives the same, slowly.
 
-Sources: trimap: Kohli et al. 2009 (IJCV 82), section 5; Chen et al. 2015, arXiv:1412.7062, section 5.2. Boundary IoU: Cheng et al. 2021,
-arXiv:2103.16562, section 4.
+Sources: trimap: Kohli et al. 2009 (IJCV 82); Chen et al. 2015, arXiv:1412.7062, section 5.2. Boundary IoU: Cheng et al. 2021,
+arXiv:2103.16562.
 """
 
 import math
@@ -18,7 +18,7 @@ from perpixel.metrics.pairs import VOID, labelled_pair
 from perpixel.metrics.tallies import PerImage, class_mean, iou, pixel_accuracy
 
 AROUND = ("changes", "void")
-WIDTH = 0.02  # of the diagonal: Cheng et al. 2021, section 4.2
+WIDTH = 0.02  # of the diagonal: Cheng et al. 2021
 
 
 class Trimap:

@@ -28,7 +28,7 @@ class BoundaryF:
 
     `images` keeps (K, 3) counts per image: matched, true and predicted contour pixels.
 
-    Deviations: the Berkeley code looks for the cheapest assignment in a randomly thinned graph; ours is the exact maximum, which its
+    Deviations: the Berkeley code solves a thinned assignment problem; ours is the exact maximum matching, which its
     result approaches. The authors' script draws contours into void; we do not. It counts an image without contours as 0; we leave it out.
     """
 

@@ -1,6 +1,6 @@
 """Whether probabilities mean what they say: calibration error, reliability curve, Brier score; and the temperature that mends them.
 
-Sources: Guo et al. 2017, arXiv:1706.04599, section 2 (expected calibration error), section 4.2 (temperature scaling); Brier 1950.
+Sources: Guo et al. 2017, arXiv:1706.04599 (expected calibration error, temperature scaling); Brier 1950.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BINS = 15  # Guo et al. 2017, section 5
+BINS = 15  # Guo et al. 2017, their tables
 
 
 class Calibration:

@@ -5,6 +5,7 @@ as what it is, and no prediction is looked at again. Sources: percentile interva
 bootstrap"), chapter 13; both runs on the same draws, that is paired, chapter 8.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def _resampled(resamples: int, seed: int, *tables: np.ndarray) -> Iterator[tuple
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; draw at least 1 (1000 for an interval)")
     images, shape = len(tables[0]), tables[0].shape[1:]
-    flat = [np.asarray(table, np.float64).reshape(images, -1) for table in tables]  # sums of counts are exact up to 2^53
+    flat = [np.asarray(table, np.float64).reshape(images, math.prod(shape)) for table in tables]  # sums of counts are exact up to 2^53
     random = np.random.default_rng(seed)
     block = max(1, min(resamples, _DRAWS // max(images, 1)))
     for start in range(0, resamples, block):

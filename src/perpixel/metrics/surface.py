@@ -1,6 +1,6 @@
 """Distances between true and predicted surfaces of each class: the mean (ASSD) and the 95th percentile (Hausdorff).
 
-Source of the definitions: Maier-Hein et al. 2024 (Nature Methods 21, "Metrics reloaded"), supplementary note 2.7: average symmetric surface
+Source of the definitions: Maier-Hein et al. 2024 (Nature Methods 21, "Metrics reloaded"): average symmetric surface
 distance, and the larger of the two directed percentiles.
 """
 

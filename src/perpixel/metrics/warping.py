@@ -1,7 +1,7 @@
 """Warping error: disagreements of two binary maps that no deformation of the truth can explain.
 
 Source: Jain et al. 2010 (CVPR, "Boundary learning by optimization with topological constraints"); simple points: Kong & Rosenfeld 1989
-(Computer Vision, Graphics and Image Processing 48), section 4; number of components around a pixel: Yokoi et al. 1975.
+(Computer Vision, Graphics and Image Processing 48); number of components around a pixel: Yokoi et al. 1975.
 """
 
 import math

@@ -1,34 +1,32 @@
-"""Refiners: (logits, image) -> logits, where neighbouring pixels talk."""
+"""Refiners: (logits, image) -> logits, where neighbouring pixels talk.
 
-import inspect
-from collections.abc import Mapping
-from typing import Any
+The names load on first use: scripts that import `perpixel.refinement.pydensecrf` need neither torch nor numba to start.
+"""
 
-from torch import nn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from perpixel.refinement.dense_crf import DenseCRF, crf_as_rnn
-from perpixel.refinement.gaussian_crf import GaussianCRF
-from perpixel.refinement.grid_mrf import GridMRF
+if TYPE_CHECKING:
+    from perpixel.refinement.compatibility import fit_compatibility
+    from perpixel.refinement.dense_crf import DenseCRF, crf_as_rnn
+    from perpixel.refinement.gaussian_crf import GaussianCRF
+    from perpixel.refinement.grid_mrf import GridMRF
+    from perpixel.refinement.refiners import REFINERS, build_refiner
 
-REFINERS: dict[str, type[nn.Module]] = {"dense_crf": DenseCRF, "grid_mrf": GridMRF, "gaussian_crf": GaussianCRF}
+__all__ = ["REFINERS", "DenseCRF", "GaussianCRF", "GridMRF", "build_refiner", "crf_as_rnn", "fit_compatibility"]
 
-
-def build_refiner(name: str, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """A refiner by its name in `REFINERS`, in eval mode.
-
-    Args:
-        name: "dense_crf", "grid_mrf" or "gaussian_crf".
-        options: arguments of its class; the others take their defaults.
-
-    Raises:
-        ValueError: for an unknown name or option, or an illegal value.
-    """
-    if name not in REFINERS:
-        raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")
-    known = list(inspect.signature(REFINERS[name]).parameters)
-    if wrong := [option for option in options or {} if option not in known]:
-        raise ValueError(f"refiner {name!r} has no option {wrong[0]!r}; it takes {', '.join(known)}")
-    return REFINERS[name](**(options or {})).eval()
+_HOME = {
+    "DenseCRF": "dense_crf",
+    "crf_as_rnn": "dense_crf",
+    "GaussianCRF": "gaussian_crf",
+    "GridMRF": "grid_mrf",
+    "REFINERS": "refiners",
+    "build_refiner": "refiners",
+    "fit_compatibility": "compatibility",
+}
 
 
-__all__ = ["REFINERS", "DenseCRF", "GaussianCRF", "GridMRF", "build_refiner", "crf_as_rnn"]
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'perpixel.refinement' has no attribute {name!r}")
+    return getattr(import_module(f"perpixel.refinement.{_HOME[name]}"), name)

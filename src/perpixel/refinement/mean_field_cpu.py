@@ -237,10 +237,12 @@ class MeanField:
         changes = np.zeros(self._threads, np.float32)
         coarse = max(0, iterations - FULL + 1) if fast else 0
 
+        terms = self._terms
+
         def work(number: int, team: int) -> None:
             infer(
                 number, team, opened, lanes(rows.lanes), rows.chunks, self.labels - 1, self._scores.reshape(-1), begin.reshape(-1),
-                *self._terms._arrays(), tables, blocks, self._matrices, self._mixed, kept, changes, out,
+                *terms._arrays(), tables, blocks, self._matrices, self._mixed, kept, changes, out,
                 iterations, np.float32(damping), np.float32(tolerance), coarse,
             )  # fmt: skip
 
@@ -305,7 +307,7 @@ def mean_field(
 def filtered(values: Array, kernel: GaussianKernel, *, threads: int | None = None) -> Array:
     """The kernel's normalised filter of values (K, P) float32, before its transform; same shape. Pixels are their own neighbours too."""
     values = np.asarray(values, np.float32)
-    one = GaussianKernel(kernel.features, np.float32(-1), kernel.normalization)
+    one = GaussianKernel(kernel.features, np.array(-1, np.float32), kernel.normalization)
     rows = Rows(len(values))
     padded = np.zeros((values.shape[1], rows.width), np.float32)
     padded[:, : len(values)] = values.T
@@ -347,8 +349,8 @@ def _checked(unary: Array, kernels: Sequence[GaussianKernel]) -> tuple[int, int]
 
 def _square(transform: Array, labels: int) -> NDArray[np.float64]:
     """The transform as a (K, K) matrix."""
-    transform = np.asarray(transform, np.float64)
-    return transform if transform.ndim == 2 else np.diag(np.broadcast_to(transform, labels))
+    square: NDArray[np.float64] = np.asarray(transform, np.float64)
+    return square if square.ndim == 2 else np.diag(np.broadcast_to(square, labels))
 
 
 def _strength(transform: Array, labels: int) -> float | None:

@@ -137,9 +137,9 @@ def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def update(
+def update(  # type: ignore[no-untyped-def]
     width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
-):  # type: ignore[no-untyped-def]
+):
     """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:

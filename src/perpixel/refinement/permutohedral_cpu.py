@@ -110,7 +110,7 @@ def _one_lattice(
 
     def place(number: int, team: int) -> tuple[Any, ...]:
         own = start if number == 0 else 0  # the first thread's table becomes the common one, so its numbers are final
-        return _place(features, *share(0, pixels, number, team), scales(d), lows, strides, rows, weights, column, own)  # type: ignore[no-any-return]
+        return _place(features, *share(0, pixels, number, team), scales(d), lows, strides, rows, weights, column, own)
 
     (slots, keys, count), *others = in_team(place, min(threads, pixels))
     names = [np.empty(0, np.int32)]
@@ -270,7 +270,7 @@ def _place(features, first, last, scale, lows, strides, rows, weights, column, s
                 put(weights, at + r, fetch(shares, r * BLOCK + n))
                 here = r * words * BLOCK + n
                 slot = _slot(slots, known, words, keys, here, BLOCK)
-                number = np.int64(fetch(slots, slot))
+                number: Any = np.int64(fetch(slots, slot))
                 if number == 0:
                     for w in range(words):
                         put(known, count * words + w, fetch(keys, here + w * BLOCK))

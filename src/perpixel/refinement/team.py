@@ -18,7 +18,10 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 # Gives the processor to whoever waits for it; compiled code, also from the cache, finds it by this name.
-_YIELD = ctypes.windll.kernel32.SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+if sys.platform == "win32":
+    _YIELD = ctypes.windll.kernel32.SwitchToThread
+else:
+    _YIELD = ctypes.CDLL(None).sched_yield
 binding.add_symbol("perpixel_yield", ctypes.cast(_YIELD, ctypes.c_void_p).value)
 _give_way = types.ExternalFunction("perpixel_yield", types.int32())
 

@@ -20,7 +20,7 @@ INT = ir.IntType(32)
 PART = 8
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """numba's type of so many float32 lanes."""
 
     def __init__(self, lanes: int):
@@ -34,7 +34,7 @@ def _parts(lanes: int) -> list[Any]:
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector):
         super().__init__(manager, kind, ir.LiteralStructType(_parts(kind.lanes)))
 

@@ -1,0 +1,126 @@
+"""What refiners gain on real scores, strong and weak, with Potts and learned label costs; writes benchmarks/results/refinement-SET.json.
+
+python benchmarks/refinement.py SET IMAGES STRONG WEAK [--minutes M] [--pictures FOLDER]
+
+STRONG and WEAK are bundles.
+
+For each bundle and each refiner the options are searched on the validation images as `perpixel tune` does, each half with what was best on
+the other, for M minutes; then every image is scored with what was chosen for its half. Trimap scores are accuracies in a band of so many
+pixels around every change of label.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from perpixel.bundle import load_bundle
+from perpixel.data.dataset import LabelledImages
+from perpixel.data.display import overlay
+from perpixel.data.layouts import find_layout, split_pairs
+from perpixel.data.writing import write_rgb
+from perpixel.metrics import tallies
+from perpixel.metrics.bands import Trimap
+from perpixel.metrics.intervals import difference
+from perpixel.metrics.region import Region
+from perpixel.plan import this_machine
+from perpixel.refinement.candidates import Candidate
+from perpixel.refinement.refiners import REFINERS
+from perpixel.tune import _learned_costs, _Search
+
+RESULTS = Path(__file__).parent / "results"
+WIDTHS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
+
+
+def scores(search: _Search, by_image: list[Candidate | None]) -> tuple[dict[str, Any], np.ndarray]:
+    """Scores of the set where each image is refined by its own candidate, and the tallies of the images."""
+    region, trimap = Region(search.classes), Trimap(search.classes, WIDTHS)
+    for index, candidate in enumerate(by_image):
+        for _, labels, predicted in search._labelled(candidate, [index]):
+            region.update(labels, predicted, ignore=search.ignore, name=str(index))
+            trimap.update(labels, predicted, ignore=search.ignore)
+    tally = region.images.total
+    row = {
+        "global": float(tallies.pixel_accuracy(tally)),
+        "average": float(tallies.mean_accuracy(tally)),
+        "miou": float(tallies.miou(tally)),
+        "trimap": {str(width): float(tallies.pixel_accuracy(counts)) for width, counts in zip(WIDTHS, trimap.counts, strict=True)},
+    }
+    return row, region.images.table
+
+
+def cross_fitted(search: _Search, entries: list[tuple[Candidate, np.ndarray]]) -> list[Candidate | None]:
+    """For each image, the candidate that is best on the other half."""
+    chosen: list[Candidate | None] = [None] * len(search.scores)
+    for fold in search.folds:
+        winner = search._best(entries, ~fold)[0]
+        for index in np.flatnonzero(fold):
+            chosen[index] = winner
+    return chosen
+
+
+def main() -> None:
+    """Both bundles, every refiner, with and without learned costs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("strong", type=Path)
+    parser.add_argument("weak", type=Path)
+    parser.add_argument("--minutes", type=float, default=2.0, help="for each refiner on each bundle")
+    parser.add_argument("--pictures", type=Path, help="folder for image, truth, scores before and after")
+    given = parser.parse_args()
+    result: dict[str, Any] = {"set": given.set, "machine": this_machine().words, "minutes_per_refiner": given.minutes, "rows": []}
+    for unary, path in (("strong", given.strong), ("weak", given.weak)):
+        bundle = load_bundle(path)
+        card = bundle.card
+        pairs = split_pairs([pair for pair in find_layout(given.images, None).pairs if pair.mask], card.val_fraction, card.split_seed)
+        data = LabelledImages([pair for pair in pairs if pair.split == "val"], bundle.label_map, card.bands, card.dtype, cache=False)
+        search = _Search(bundle, data, float("inf"), None)
+        costs = _learned_costs([pair.mask for pair in pairs if pair.split == "train"], bundle)
+        plain, base = scores(search, [None] * len(search.scores))
+        result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
+        for name in REFINERS:
+            start = time.monotonic()
+            search.explore(name, costs, start + 60 * given.minutes)
+            own = [entry for entry in search.tables.values() if entry[0].name == name]
+            for learned in (False, True):
+                entries = [entry for entry in own if (entry[0].options.get("compatibility") is not None) == learned]
+                if not entries:
+                    continue
+                by_image = cross_fitted(search, entries)
+                row, table = scores(search, by_image)
+                gain = difference(base, table, tallies.miou)
+                best = search._best(entries, np.ones(len(search.scores), bool))[0]
+                shown = {key: value for key, value in best.options.items() if key != "compatibility"}
+                extra = {"refiner": name, "label_costs": "learned" if learned else "Potts", "candidates": len(entries), "options": shown}
+                interval = [float(gain.value), float(gain.low), float(gain.high)]
+                result["rows"].append({"unary": unary, "model": card.model, **extra, **row, "miou_gain": interval})
+                sys.stdout.write(json.dumps(result["rows"][-1]) + "\n")
+                sys.stdout.flush()
+                if given.pictures and not learned:
+                    draw(search, by_image, card.colors, given.pictures, f"{unary}-{name}")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"refinement-{given.set}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def draw(search: _Search, by_image: list[Candidate | None], colors: list[tuple[int, int, int]], folder: Path, name: str) -> None:
+    """The image, its truth, and its labels before and after, of the three images whose labels change most."""
+    changed = []
+    for index, candidate in enumerate(by_image):
+        ((_, labels, before),) = search._labelled(None, [index])
+        ((_, _, after),) = search._labelled(candidate, [index])
+        changed.append((int((before != after).sum()), index, labels, before, after))
+    for _, index, labels, before, after in sorted(changed, key=lambda entry: -entry[0])[:3]:
+        image = search.scores[index][1][0].numpy()
+        parts = [overlay(image, part.numpy().astype(np.uint8), colors, ignore=search.ignore) for part in (labels, before, after)]
+        write_rgb(folder / f"{name}-{index}.jpg", np.hstack([np.moveaxis(image, 0, -1), *parts]))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

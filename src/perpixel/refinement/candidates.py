@@ -1,0 +1,67 @@
+"""What a search for a refiner tries: coarse grids, and what lies around a good place."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One refiner with the options that differ from its defaults."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def words(self) -> str:
+        """The options for people, label costs as a word."""
+        shown = {key: "learned" if key == "compatibility" else value for key, value in self.options.items() if value is not None}
+        return f"{self.name} " + ", ".join(f"{key}={value}" for key, value in shown.items())
+
+    @property
+    def key(self) -> str:
+        """Equal for equal candidates only."""
+        return f"{self.name} {sorted(self.options.items())}"
+
+
+def coarse_grid(name: str, scale: float) -> Iterator[Candidate]:
+    """The first grid of a refiner; `scale` brings bandwidths of colours to the image's type."""
+    if name == "dense_crf":
+        # Around DeepLab's grids (xy 30 to 100, rgb 3 to 20): weights of 3 and 10, the smoothness kernel fixed at 3 and 3.
+        for colour, xy, weight in itertools.product((5.0, 13.0, 30.0), (15.0, 50.0), (1.0, 4.0, 10.0)):
+            yield Candidate(name, {"kernels": [_appearance(xy, colour * scale, weight), {"xy": 3.0, "weight": 1.0}]})
+    elif name == "grid_mrf":
+        for strength, floor in itertools.product((0.3, 1.0, 3.0, 10.0), (0.0, 0.3)):
+            yield Candidate(name, {"strength": strength, "floor": floor, "neighbours": 8})
+    else:
+        for weight, sharpness in itertools.product((1.0, 4.0, 16.0, 64.0), (0.5, 1.0, 4.0)):
+            yield Candidate(name, {"weight": weight, "sharpness": sharpness, "neighbours": 8})
+
+
+def _appearance(xy: float, colour: float, weight: float) -> dict[str, float]:
+    return {"xy": xy, "colour": colour, "weight": weight}
+
+
+def neighbours(centre: Candidate, step: float, costs: list[list[float]] | None) -> Iterator[Candidate]:
+    """What differs from a candidate in one number by a factor of `step`, and with the label costs of the training masks."""
+    options = centre.options
+    if costs is not None and options.get("compatibility") is None:
+        learned: dict[str, Any] = {"compatibility": costs}
+        if centre.name == "grid_mrf":
+            learned["repair_metric"] = True
+        if centre.name == "gaussian_crf":
+            learned |= {"labels": "full", "classes": len(costs)}
+        yield Candidate(centre.name, {**options, **learned})
+    if centre.name == "dense_crf":
+        for place, key in itertools.product(range(len(options["kernels"])), ("weight", "colour", "xy")):
+            for factor in (step, 1 / step):
+                kernels = [dict(kernel) for kernel in options["kernels"]]
+                if key in kernels[place]:
+                    kernels[place][key] = round(kernels[place][key] * factor, 3)
+                    yield Candidate(centre.name, {**options, "kernels": kernels})
+        return
+    for key in ("strength", "floor", "weight", "sharpness"):
+        for factor in (step, 1 / step):
+            if options.get(key):
+                yield Candidate(centre.name, {**options, key: round(options[key] * factor, 4)})

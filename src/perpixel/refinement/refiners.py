@@ -1,0 +1,31 @@
+"""Every refiner by its name."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from perpixel.refinement.dense_crf import DenseCRF
+from perpixel.refinement.gaussian_crf import GaussianCRF
+from perpixel.refinement.grid_mrf import GridMRF
+
+REFINERS: dict[str, type[nn.Module]] = {"dense_crf": DenseCRF, "grid_mrf": GridMRF, "gaussian_crf": GaussianCRF}
+
+
+def build_refiner(name: str, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """A refiner by its name in `REFINERS`, in eval mode.
+
+    Args:
+        name: "dense_crf", "grid_mrf" or "gaussian_crf".
+        options: arguments of its class; the others take their defaults.
+
+    Raises:
+        ValueError: for an unknown name or option, or an illegal value.
+    """
+    if name not in REFINERS:
+        raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")
+    known = list(inspect.signature(REFINERS[name]).parameters)
+    if wrong := [option for option in options or {} if option not in known]:
+        raise ValueError(f"refiner {name!r} has no option {wrong[0]!r}; it takes {', '.join(known)}")
+    return REFINERS[name](**(options or {})).eval()

@@ -1,0 +1,95 @@
+"""Scores from elsewhere, refined: arrays and files."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from perpixel.refine import read_scores, refine
+from perpixel.refinement import DenseCRF, build_refiner
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+LOGITS = RNG.normal(size=(4, 12, 17)).astype(np.float32)
+PROBABILITIES = np.exp(LOGITS) / np.exp(LOGITS).sum(0)
+
+
+def by_module(image=IMAGE, logits=LOGITS):
+    pixels = torch.from_numpy(np.moveaxis(image, -1, 0).copy())
+    return DenseCRF().eval()(torch.from_numpy(logits)[None], pixels[None])[0].softmax(0).numpy()
+
+
+@pytest.mark.parametrize("scores", [LOGITS, PROBABILITIES, np.moveaxis(PROBABILITIES, 0, -1), PROBABILITIES.astype(np.float64)])
+def test_logits_and_probabilities_in_either_order_give_the_refiner_s_marginals(scores):
+    found = refine(IMAGE, scores)
+    np.testing.assert_allclose(found, by_module(), atol=1e-5)
+    np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
+
+
+def test_probabilities_of_zero_are_taken_as_nearly_zero():
+    labels = RNG.integers(0, 4, (12, 17))
+    hard = np.eye(4, dtype=np.float32)[labels].transpose(2, 0, 1)
+    assert np.isfinite(refine(IMAGE, hard)).all()
+    np.testing.assert_array_equal(refine(IMAGE, hard, "grid_mrf", {"strength": 0.0}).argmax(0), labels)
+
+
+def test_a_grey_image_is_taken_as_one_band():
+    assert refine(IMAGE[..., 0], LOGITS, "grid_mrf", {"method": "icm"}).shape == LOGITS.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((IMAGE, LOGITS[:, :5]), r"scores have shape \(4, 5, 17\) and the image 12x17 pixels"),
+        ((IMAGE, np.where(LOGITS > 2, np.nan, LOGITS)), "NaN or infinite"),
+        ((IMAGE, LOGITS, "crf"), "unknown refiner 'crf'"),
+        ((IMAGE, LOGITS, "dense_crf", {"iters": 3}), "no option 'iters'; it takes kernels"),
+        ((IMAGE, LOGITS, "dense_crf", None, "probabilities"), "are no probabilities"),
+        ((IMAGE, LOGITS, "dense_crf", None, "odds"), "unknown kind of scores 'odds'"),
+        ((IMAGE[None], LOGITS), r"give \(H, W\) or \(H, W, C\)"),
+        ((IMAGE, LOGITS.astype(complex)), "give real numbers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        refine(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "tif"])
+def test_the_command_writes_labels_and_probabilities_of_the_image_s_size(tmp_path, command, kind):
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    path = tmp_path / f"scores.{kind}"
+    {"npy": np.save, "npz": np.savez, "tif": partial(tifffile.imwrite, photometric="minisblack")}[kind](path, PROBABILITIES)
+    said = command("refine", tmp_path / "photo.png", path, "-o", tmp_path / "out", "--set", "iterations=2", "--probabilities")
+    assert said.code == 0
+    expected = refine(IMAGE, PROBABILITIES, options={"iterations": 2})
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "photo.png")), expected.argmax(0))
+    written = np.load(tmp_path / "out" / "probabilities" / "photo.npy")
+    assert written.dtype == np.float16
+    np.testing.assert_allclose(written, expected, atol=1e-3)
+
+
+def test_files_that_hold_no_scores_are_named(tmp_path, command):
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "two.npz", a=LOGITS, b=LOGITS)
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name, message in [("none.npy", "no such file"), ("empty.npy", "no scores could be read"), ("two.npz", "it holds 2 arrays")]:
+        with pytest.raises(ValueError, match=message):
+            read_scores(tmp_path / name)
+    with pytest.raises(ValueError, match="no scores could be read"):
+        read_scores(tmp_path / "objects.npy")
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    np.save(tmp_path / "small.npy", LOGITS[:, :4])
+    said = command("refine", tmp_path / "photo.png", tmp_path / "small.npy", "-o", tmp_path)
+    assert said.code == 2
+    assert "12x17" in said.err
+    assert "(4, 4, 17)" in said.err
+
+
+def test_refiners_are_built_by_name_in_eval_mode():
+    assert not build_refiner("dense_crf").training
+    with pytest.raises(ValueError, match="weight"):
+        build_refiner("gaussian_crf", {"weight": -1})
