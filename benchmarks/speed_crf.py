@@ -34,7 +34,7 @@ except ImportError:
     DenseCRF2D = None
 
 HERE = Path(__file__).parent
-# Photographs: the examples of Kraehenbuehl & Koltun's code, and MSRC-21 as `docs/data.md` lays it out.
+# Photographs below --data: folder, names, how many. The examples of Kraehenbuehl & Koltun's code, and MSRC-21.
 PHOTOGRAPHS = (("crf_examples", "im*.png", 3), ("msrc21/JPEGImages", "*.jpg", 5))
 # The settings of pydensecrf's own example: standard deviations in pixels and grey values, strengths, iterations.
 PLACE, COLOUR, SMOOTH, APPEARANCE_WEIGHT, SMOOTH_WEIGHT, ITERATIONS = 80.0, 13.0, 3.0, 10.0, 3.0, 10
