@@ -1,6 +1,6 @@
 """Our dense CRF on the processor against pydensecrf; writes benchmarks/results/speed-crf.json.
 
-PYTHONPATH=FOLDER_WITH_PYDENSECRF python benchmarks/speed_crf.py [--threads 1 2] [--repeats 9] [--size 375 500] [--labels 21 2]
+PYTHONPATH=FOLDER_WITH_PYDENSECRF python benchmarks/speed_crf.py [--threads 1 2] [--repeats 9] [--size 375 500] [--labels 21 2] [--data DIR]
 
 pydensecrf is built from its repository (`pip install cython==0.29.36 git+https://github.com/lucasb-eyer/pydensecrf`); where it cannot be
 imported only our own times are taken, and the file says so. Both sides get the same energies and image, in turns, and start from nothing:
@@ -34,7 +34,8 @@ except ImportError:
     DenseCRF2D = None
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parent.parent / "shared" / "data" / "crf_examples"
+# Photographs below --data: folder, names, how many. The examples of Kraehenbuehl & Koltun's code, and MSRC-21.
+PHOTOGRAPHS = (("crf_examples", "im*.png", 3), ("msrc21/JPEGImages", "*.jpg", 5))
 # The settings of pydensecrf's own example: standard deviations in pixels and grey values, strengths, iterations.
 PLACE, COLOUR, SMOOTH, APPEARANCE_WEIGHT, SMOOTH_WEIGHT, ITERATIONS = 80.0, 13.0, 3.0, 10.0, 3.0, 10
 # Seconds until the first answer of a new process, with a small image: imports, and compiled code from the cache.
@@ -109,12 +110,14 @@ def peer(image: np.ndarray, unary: np.ndarray, threads: int = 1) -> np.ndarray:
     return np.array(model.inference(ITERATIONS))
 
 
-def scenes(size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and images."""
+def scenes(size: tuple[int, int], data: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and images; photographs in equal steps through the names of their folder."""
     for texture in ("smooth", "fine", "grainy", "rough", "random"):
         yield texture, scene(texture, size)
-    for path in sorted(EXAMPLES.glob("im*.png")):
-        yield path.stem, np.array(Image.open(path).convert("RGB"))
+    for folder, pattern, count in PHOTOGRAPHS:
+        paths = sorted((data / folder).glob(pattern))
+        for path in paths[:: max(1, len(paths) // count)][:count]:
+            yield f"photograph {path.stem}", np.array(Image.open(path).convert("RGB"))
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -130,7 +133,7 @@ def compare(image: np.ndarray, unary: np.ndarray, threads: int, fast: bool, repe
     row: dict[str, Any] = {}
     result = np.exp(calls[0]())
     if fast or DenseCRF2D:
-        reference = np.exp(ours(image, unary, threads)) if not DenseCRF2D else peer(image, unary)
+        reference = peer(image, unary) if DenseCRF2D else np.exp(ours(image, unary, threads))
         row["labels_that_differ"] = int((result.argmax(0) != reference.argmax(0)).sum())
         row["largest_difference"] = float(f"{np.abs(result - reference).max():.1e}")
     if DenseCRF2D:
@@ -162,12 +165,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--size", type=int, nargs=2, default=(375, 500), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--labels", type=int, nargs="+", default=[21, 2])
+    parser.add_argument("--data", type=Path, default=Path("data"), help="holds crf_examples and msrc21; what is absent is left out")
     parser.add_argument("--only", nargs="+", default=[], metavar="SCENE")
     given = parser.parse_args()
     if not DenseCRF2D:
         sys.stdout.write("pydensecrf cannot be imported: only our own times\n")
     rows, wrong = [], []
-    for name, image in scenes(tuple(given.size)):
+    for name, image in scenes(tuple(given.size), given.data):
         if given.only and name not in given.only:
             continue
         size = image.shape[:2]
@@ -175,7 +179,7 @@ def main() -> None:
         for labels in given.labels:
             unary = energies(labels, size, 1)
             for threads in given.threads:
-                for fast in (False, True):
+                for fast in (False, True) if threads == max(given.threads) and labels == given.labels[0] else (False,):
                     row = {"scene": name, "size": list(size), "labels": labels, "threads": threads, "fast": fast}
                     row["vertices_per_pixel"] = round(float(vertices) / (size[0] * size[1]), 3)
                     row |= compare(image, unary, threads, fast, given.repeats)
