@@ -33,6 +33,36 @@ def classes() -> str:
     return "\n\n".join(parts)
 
 
+def refinement() -> str:
+    """One table per set of refinement.py."""
+    parts = []
+    for path in sorted((HERE / "results").glob("refinement-*.json")):
+        run = json.loads(path.read_text())
+        widths = ("1", "3", "10", "40")
+        lines = [
+            f"## Refinement on {run['set']}",
+            "",
+            f"`benchmarks/refinement.py` on {run['machine']}, {run['minutes_per_refiner']} minutes of search for each refiner; validation "
+            "images, each half refined by what was best on the other half. Trimap: pixel accuracy within so many pixels of a change "
+            "of label. The gain in "
+            "mIoU has its 95 % interval over the images.",
+            "",
+            f"| unary | refiner | label costs | global | average | mIoU | gain | {' | '.join(f'trimap {width}' for width in widths)} |",
+            "|---|---|---|---|---|---|---|" + "---|" * len(widths),
+        ]
+        for row in run["rows"]:
+            gain = "-"
+            if "miou_gain" in row:
+                value, low, high = (100 * x for x in row["miou_gain"])
+                gain = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+            figures = [f"{100 * row[key]:.1f}" for key in ("global", "average", "miou")]
+            bands = [f"{100 * row['trimap'][width]:.1f}" for width in widths]
+            name = f"{row['unary']} ({row['model']})"
+            lines.append(f"| {name} | {row['refiner']} | {row.get('label_costs', '-')} | {' | '.join([*figures, gain, *bands])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, ""])
+
+
 def speed() -> str:
     """One row per comparison of speed.py, and how it was measured; nothing before it has been run."""
     path = HERE / "results" / "speed-forward.json"
@@ -58,5 +88,5 @@ def speed() -> str:
 
 
 if __name__ == "__main__":
-    text = "\n".join([HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), "", speed()])
+    text = "\n".join([HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), "", refinement(), speed()])
     (HERE.parent / "docs" / "results.md").write_text(text)
