@@ -63,6 +63,28 @@ def refinement() -> str:
     return "\n\n".join([*parts, ""])
 
 
+def dense_crf() -> str:
+    """One row per scene of speed_crf.py with its most labels; nothing before it has been run."""
+    path = HERE / "results" / "speed-crf.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text())
+    lines = [
+        "## Dense CRF on a processor, beside pydensecrf",
+        "",
+        f"`{run['command']}` on {run['machine']}: 10 iterations, two kernels, in turns, medians. Peak memory {run['peak_ours_MB']:.0f} MB "
+        f"and {run['peak_pydensecrf_MB']:.0f} MB; a second process starts in {run['start_of_a_second_process_s']} s.",
+        "",
+        "| scene | labels | threads | mode | ours | pydensecrf | times faster | labels that differ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        mode, times = "fast" if row["fast"] else "exact", f"{row['ours_ms']:.0f} ms | {row['pydensecrf_ms']:.0f} ms"
+        figures = f"{times} | **{row['times_faster']:.1f}** | {row['labels_that_differ']}"
+        lines.append(f"| {row['scene']} | {row['labels']} | {row['threads']} | {mode} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
 def speed() -> str:
     """One row per comparison of speed.py, and how it was measured; nothing before it has been run."""
     path = HERE / "results" / "speed-forward.json"
@@ -88,5 +110,7 @@ def speed() -> str:
 
 
 if __name__ == "__main__":
-    text = "\n".join([HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), "", refinement(), speed()])
+    text = "\n".join(
+        [HEAD, "## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), "", refinement(), dense_crf(), speed()]
+    )
     (HERE.parent / "docs" / "results.md").write_text(text)
