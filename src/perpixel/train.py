@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from perpixel.bundle import read_card, read_tensors
+from perpixel.bundle import Card, read_card, read_tensors
 from perpixel.check import Check, check, render
 from perpixel.data.masks import LabelMap
 from perpixel.optimisation import Clock, learning_rate
@@ -79,12 +79,13 @@ def train(
     if start:
         if read_settings(settings).get("model", {}).get("encoder_weights"):
             raise ValueError("model.start_from and model.encoder_weights both say where the encoder starts; give one of them")
-        given = merge(_of_bundle(Path(start)), given, {"model": {"encoder_weights": None}})
+        card = read_card(Path(start), read_tensors(Path(start))[1])
+        given = merge(_of_bundle(card), given, {"model": {"encoder_weights": None}})
     if resume and not resumed:
         console.print(f"nothing to resume in {escape(str(out))}: a new run starts there", soft_wrap=True)
     report = _checked(images, masks, classes, labels, given.get("data", {}), console)
     if start:
-        given = _fitting(given, Path(start), report, console)
+        given = _fitting(given, start, card, report, console)
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given)
     if not resumed:
@@ -159,20 +160,18 @@ def _briefly(names: Sequence[str]) -> str:
     return ", ".join(f"{part}.*" for part in dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def _of_bundle(path: Path) -> dict[str, Any]:
+def _of_bundle(card: Card) -> dict[str, Any]:
     """The part of a recipe that a bundle stands for: its weights fit, mean the same, and see no validation image of theirs again."""
-    card = read_card(path, read_tensors(path)[1])
     model = {"name": card.model, "encoder": card.encoder, "options": card.options}
     data = {"mean": card.mean, "std": card.std, "val_fraction": card.val_fraction, "split_seed": card.split_seed}
     return {"model": model, "data": data}
 
 
-def _fitting(given: Mapping[str, Any], path: Path, report: Check, console: Console) -> dict[str, Any]:
+def _fitting(given: Mapping[str, Any], path: str, card: Card, report: Check, console: Console) -> dict[str, Any]:
     """`given` without the bundle's normalisation where the images have other bands; says so where its classes have other names."""
-    card = read_card(path, read_tensors(path)[1])
     if len(card.classes) == len(report.classes) and card.classes != report.classes:
         old, new = ", ".join(card.classes), ", ".join(report.classes)
-        console.print(f"the classifier of {escape(str(path))}, made for {escape(old)}, goes on as that of {escape(new)}", soft_wrap=True)
+        console.print(f"the classifier of {escape(path)}, made for {escape(old)}, goes on as that of {escape(new)}", soft_wrap=True)
     own = card.bands != report.bands
     data = {key: value for key, value in given["data"].items() if not (own and key in ("mean", "std") and value == getattr(card, key))}
     return {**given, "data": data}

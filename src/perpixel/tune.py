@@ -210,8 +210,7 @@ class _Search:
     def explore(self, name: str, costs: list[list[float]] | None, until: float) -> None:
         """Coarse grid, then what lies around the best, until time is over. The first candidate is always tried."""
         start = time.monotonic()
-        scale = FULL_SCALE[self.bundle.card.dtype] / 255
-        coarse = list(coarse_grid(name, scale))
+        coarse = list(coarse_grid(name, FULL_SCALE[self.bundle.card.dtype] / 255))
         thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
         ranked = []
         for number, candidate in enumerate(coarse):
@@ -220,10 +219,9 @@ class _Search:
             ranked.append((self._miou(self._counts(candidate, thin).sum(0)), candidate))
             self._say(number + 1, len(coarse), f"{name}: coarse")
         ranked.sort(key=lambda entry: -entry[0])
-        for _, candidate in ranked[:1]:
-            self._try(candidate)
+        self._try(ranked[0][1])
         tried = 1
-        for candidate in self._around(name, ranked, costs, scale):
+        for candidate in self._around(name, ranked, costs):
             if time.monotonic() > until:
                 break
             tried += self._try(candidate)
@@ -231,7 +229,6 @@ class _Search:
 
     def _thinned(self, candidate: Candidate, count: int, seconds: float) -> list[int]:
         """Images for the coarse grid: all, or those at even distances that the time allows."""
-        start = time.monotonic()
         self._counts(candidate, [0])  # loads what is compiled
         start = time.monotonic()
         self._counts(candidate, [0])
@@ -239,9 +236,7 @@ class _Search:
         step = max(1, int(np.ceil(len(self.scores) * each * count / max(seconds, 1e-9))))
         return list(range(0, len(self.scores), min(step, max(1, len(self.scores) // 4))))
 
-    def _around(
-        self, name: str, ranked: list[tuple[float, Candidate]], costs: list[list[float]] | None, scale: float
-    ) -> Iterator[Candidate]:
+    def _around(self, name: str, ranked: list[tuple[float, Candidate]], costs: list[list[float]] | None) -> Iterator[Candidate]:
         """Candidates near the best so far, nearer and nearer: those of each half of the images, of all, and the runners-up."""
         for _, candidate in ranked[1:3]:
             yield candidate

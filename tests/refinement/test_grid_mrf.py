@@ -123,12 +123,12 @@ def test_swap_takes_costs_that_are_no_metric_and_expansion_names_swap_or_repairs
 def test_the_metric_closure_is_scipys_shortest_paths():
     from scipy.sparse.csgraph import floyd_warshall
 
-    from perpixel.refinement.expansion import metric_closure
+    from perpixel.refinement.compatibility import shortest_paths
 
     costs = np.random.default_rng(0).random((9, 9)) ** 3
     costs = costs + costs.T
     np.fill_diagonal(costs, 0)
-    np.testing.assert_allclose(metric_closure(costs), floyd_warshall(costs))
+    np.testing.assert_allclose(shortest_paths(torch.from_numpy(costs)).numpy(), floyd_warshall(costs))
 
 
 @pytest.mark.parametrize("costs", [None, METRIC], ids=["potts", "metric"])

@@ -143,12 +143,19 @@ def as_metric(costs: Tensor) -> Tensor:
 
     Raises:
         ValueError: if `costs` are not such.
-
-    Source: shortest paths, Floyd 1962, Algorithm 97, Communications of the ACM 5(6).
     """
-    closed = _checked_costs(costs).clone()
-    if not torch.equal(closed, closed.T):
+    costs = _checked_costs(costs)
+    if not torch.equal(costs, costs.T):
         raise ValueError("costs are asymmetric, and a metric is not; average them with their transpose first: (costs + costs.T) / 2")
+    return shortest_paths(costs)
+
+
+def shortest_paths(costs: Tensor) -> Tensor:
+    """(K, K) the cheapest way from each label to each other, over others if need be, for `costs` (K, K) that are not negative.
+
+    Source: Floyd 1962, Algorithm 97, Communications of the ACM 5(6).
+    """
+    closed = costs.clone()
     for middle in range(len(closed)):
         torch.minimum(closed, closed[:, middle, None] + closed[None, middle, :], out=closed)
     return closed

@@ -229,14 +229,3 @@ def graph_cut(unary: np.ndarray, weights: list[np.ndarray], costs: np.ndarray, c
     (swap if swaps else expand)(problem, labels, flow, cycles)
     found: np.ndarray = labels[problem.inside].reshape(height, width)
     return found
-
-
-def metric_closure(costs: np.ndarray) -> np.ndarray:
-    """(K, K) label costs where each is the cheapest way from label to label, over others if need be: the largest metric below `costs`.
-
-    Source: Floyd 1962, algorithm 97 (shortest path).
-    """
-    closed = np.array(costs, dtype=np.float64)
-    for label in range(len(closed)):
-        closed = np.minimum(closed, closed[:, label, None] + closed[None, label])
-    return closed

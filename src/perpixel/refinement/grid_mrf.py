@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from perpixel.refinement.belief_propagation import min_sum, sum_product, sweeps, synchronous
-from perpixel.refinement.expansion import graph_cut, metric_closure, posed
+from perpixel.refinement.compatibility import shortest_paths
+from perpixel.refinement.expansion import graph_cut, posed
 from perpixel.refinement.grid_edges import STEPS, edge_weights, ends
 from perpixel.refinement.icm import icm, neighbour_costs
 from perpixel.refinement.lower_bound import lower_bound
@@ -222,13 +223,14 @@ class GridMRF(nn.Module):
         """Label costs that the method can work with: for expansion a metric, or ValueError."""
         if self.method != "expansion":
             return costs
-        closed = metric_closure(costs.detach().cpu().numpy())
-        excess = costs.detach().cpu().double().numpy() - closed
+        exact = costs.detach().cpu().double()
+        closed = shortest_paths(exact)
+        excess = exact - closed
         if excess.max() <= 1e-6 * closed.max():
             return costs
         if self.repair_metric:
-            return torch.from_numpy(closed).to(costs)
-        a, b = np.unravel_index(excess.argmax(), excess.shape)
+            return closed.to(costs)
+        a, b = divmod(int(excess.argmax()), len(excess))
         raise ValueError(
             f"label costs are no metric: {costs[a, b]:.4g} between labels {a} and {b}, but {closed[a, b]:.4g} by way of others, and "
             "expansion needs the triangle inequality; take method='swap', or repair_metric=True for the largest metric below these costs"
