@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, so that a landing says something of the change; --hypothesis-profile=default explores further.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # The models of the tests are so small that threads cost more than they bring; processes that tests start inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
