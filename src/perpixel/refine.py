@@ -23,11 +23,12 @@ def refine(
     """Class probabilities of every pixel after neighbouring pixels have talked.
 
     Args:
-        image: (H, W) or (H, W, C), on the scale of its file.
+        image: (H, W) or (H, W, C), on the scale of its file: white is 255, or 65535 in uint16, or 1 in floats that do not go beyond it.
         scores: (K, H, W) or (H, W, K), any real type.
         refiner, options: as in `perpixel.refinement.build_refiner`.
         kind: what the scores are: "probabilities", "logits" (real scores before softmax, or log-probabilities); "auto" takes them for
-            probabilities where they lie in 0..1 and add up to 1 (to 1 %) at every pixel.
+            probabilities where they lie in 0..1 and add up to 1 (to 1 %) at every pixel, or are uint8 or uint16 and add up to the
+            highest value of their type (to K, for rounding).
 
     Returns:
         (K, H, W) float32 probabilities; those of the labelling's conditional energies where the refiner has no marginals.
@@ -41,7 +42,8 @@ def refine(
     logits = _logits(_classes_first(scores, size), kind)
     bands = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
     with torch.inference_mode():
-        refined = build_refiner(refiner, options)(torch.from_numpy(logits)[None], torch.from_numpy(np.ascontiguousarray(bands))[None])
+        pixels = torch.from_numpy(np.ascontiguousarray(bands, bands.dtype.newbyteorder("=")))
+        refined = build_refiner(refiner, options, _full_scale(bands))(torch.from_numpy(logits)[None], pixels[None])
     return refined[0].softmax(0).numpy()
 
 
@@ -79,7 +81,7 @@ def read_scores(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Scores are a .npy, .npz or multi-band TIFF file")
     try:
-        if path.suffix in (".tif", ".tiff"):
+        if path.suffix.lower() in (".tif", ".tiff"):
             return np.asarray(tifffile.imread(path))
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -102,12 +104,25 @@ def _classes_first(scores: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     )
 
 
+def _full_scale(image: np.ndarray) -> float:
+    if image.dtype.kind == "f":
+        return 1.0 if image.max(initial=0) <= 1 else 255.0
+    return 65535.0 if image.dtype.itemsize > 1 else 255.0
+
+
 def _logits(scores: np.ndarray, kind: str) -> np.ndarray:
     """(K, H, W) float32 scores before softmax."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of scores {kind!r}. Known: {', '.join(KINDS)}")
     if scores.dtype.kind not in "fiu":
         raise ValueError(f"the scores are {scores.dtype}; give real numbers")
+    if scores.dtype.kind == "u" and kind != "logits":
+        whole = np.iinfo(scores.dtype).max
+        if (abs(scores.sum(0, dtype=np.int64) - whole) > len(scores)).any():
+            raise ValueError(
+                f"the scores are {scores.dtype} and do not add up to {whole} at every pixel; say kind='logits' if they are logits"
+            )
+        scores = scores / scores.sum(0, dtype=np.float32)
     values = np.ascontiguousarray(scores, dtype=np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} scores are NaN or infinite; a refiner takes finite numbers")
