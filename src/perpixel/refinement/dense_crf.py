@@ -185,7 +185,7 @@ class DenseCRF(nn.Module):
 
     def _steps(self, logits: Tensor, image: Tensor, features: Tensor | None) -> tuple[Iterator[Tensor], Tensor, list[Pairwise]]:
         images, classes = logits.shape[:2]
-        unary = -logits.log_softmax(1).flatten(2).transpose(1, 2).reshape(-1, classes)
+        unary = _energies(logits, 1).flatten(2).transpose(1, 2).reshape(-1, classes)
         pairwise = [
             Pairwise(GaussianFilter(kernel.features_of(image, features), self.normalisation), self._transform(kernel, logits))
             for kernel in self._kernels()
@@ -214,8 +214,7 @@ class DenseCRF(nn.Module):
                 )
                 for kernel in self._kernels()
             ]
-            # Finite scores may lie further apart than float32 reaches.
-            unary = logits[n].detach().log_softmax(0).neg_().clamp_(max=1e30).flatten(1).cpu().numpy()
+            unary = _energies(logits[n].detach(), 0).flatten(1).cpu().numpy()
             log_q = mean_field_cpu.mean_field(
                 unary, kernels, self._rounds(), damping=self.damping, tolerance=self.tolerance, fast=self.fast
             )
@@ -297,6 +296,11 @@ class _Kernel(nn.Module):
                 raise ValueError("a kernel has a bandwidth for features and none were given; call the refiner with a third tensor")
             parts.append(_divided(extra, self.features, "features"))
         return torch.cat(parts, 1).flatten(2).transpose(1, 2)
+
+
+def _energies(logits: Tensor, axis: int) -> Tensor:
+    """-log softmax, held below 1e30: finite scores may lie further apart than float32 reaches."""
+    return logits.log_softmax(axis).neg().clamp(max=1e30)
 
 
 def _divided(values: Tensor, bandwidth: Tensor, name: str) -> Tensor:
