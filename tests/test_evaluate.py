@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -247,6 +248,20 @@ def test_progress_counts_every_image_that_was_scored(bundle, scenes):
     seen = []
     evaluate(bundle, scenes / "images", scenes / "masks", progress=lambda *told: seen.append(told))
     assert seen == [(number + 1, 12, f"{number:02d}") for number in range(12)]
+
+
+def test_observers_see_every_image_once_with_the_logits_that_predict_gives(bundle, scenes):
+    (scenes / "masks" / "05.png").write_bytes(b"")
+    seen = []
+    result = evaluate(bundle, scenes / "images", scenes / "masks", observers=[seen.append])
+    assert [image.name for image in seen] == [f"{k:02d}" for k in range(12) if k != 5]
+    for image in seen:
+        assert image.path == scenes / "images" / f"{image.name}.png"
+        assert np.array_equal(image.image.movedim(0, -1), np.asarray(Image.open(image.path)))
+        assert np.array_equal(image.labels, np.asarray(Image.open(scenes / "masks" / image.path.name)))
+        torch.testing.assert_close(image.logits, Segmenter(bundle).logits(image.path))
+        assert image.loss == result.losses[str(image.path)]
+        assert image.ignore == 255
 
 
 def test_masks_of_a_run_are_read_as_check_reads_them(run, sample_set):

@@ -26,6 +26,32 @@ from perpixel.tiling import predict_tiled
 Progress = Callable[[int, int, str], None]  # (done, of, what)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """One image that has been scored, as it is handed to observers: nothing is kept of it unless they do.
+
+    Attributes:
+        name: as `predict` names its output.
+        path: the file; a stack's is that of all its pages.
+        image: (C, H, W) as read, on the CPU.
+        labels: (H, W) int64 class indices, or `ignore`.
+        logits: (K, H, W) float32, refined where there is a refiner, on the device of `labels`.
+        loss: mean cross-entropy of its labelled pixels in nats; NaN where none is labelled.
+        ignore: the label of pixels that do not count.
+    """
+
+    name: str
+    path: Path
+    image: Tensor
+    labels: Tensor
+    logits: Tensor
+    loss: float
+    ignore: int
+
+
+Observer = Callable[[Scored], None]
+
+
 @dataclass
 class Evaluation:
     """What a set of labelled images says of a model."""
@@ -72,29 +98,35 @@ def score(
     progress: Progress | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
     refiner: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Scores of `model` (in eval mode) on the images of `indices`, one whole image at a time; tiles where one is larger than `tile`.
 
     `keep(index, labels)` receives each prediction (H, W), for pictures; `refiner` turns logits (N, K, H, W) and the image as read into
-    better ones. A damaged file is named in the result and left out.
+    better ones; each of `observers` is called once with every image scored. A damaged file is named in the result and left out.
     """
-    device = next(model.parameters()).device
+    device, ignore = next(model.parameters()).device, images.label_map.ignore
     result = Evaluation(Confusion(len(classes), device=device), list(classes))
     start, todo = time.monotonic(), list(range(len(images)) if indices is None else indices)
     for done, index in enumerate(todo):
+        picture = images.pairs[index].image
         try:
             example = images[index]
         except ValueError as error:
-            result.damaged[str(images.pairs[index].image)] = str(error)
+            result.damaged[str(picture)] = str(error)
             continue
         logits = predict_tiled(model, normalize(example.image.to(device)), tile, overlap).float()
         if refiner is not None:
             logits = refiner(logits[None], example.image[None])[0]
         labels = example.labels.to(device).long()
         predicted = logits.argmax(0)
-        result.confusion.update(labels, predicted, ignore=images.label_map.ignore)
-        if (labels != images.label_map.ignore).any():
-            result.losses[str(images.pairs[index].image)] = cross_entropy(logits[None], labels[None], ignore=images.label_map.ignore).item()
+        result.confusion.update(labels, predicted, ignore=ignore)
+        loss = math.nan
+        if (labels != ignore).any():
+            loss = cross_entropy(logits[None], labels[None], ignore=ignore).item()
+            result.losses[str(picture)] = loss
+        for observe in observers:
+            observe(Scored(example.name, picture.path, example.image, labels, logits, loss, ignore))
         if keep is not None:
             keep(index, predicted)
         if progress is not None:
@@ -113,6 +145,7 @@ def evaluate(
     device: str | None = None,
     refine: str = "bundle",
     progress: Progress | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Scores of a bundle on a folder of images and masks.
 
@@ -124,6 +157,7 @@ def evaluate(
         labels: mask value -> class index or 255, over the bundle's own label map.
         device: where a bundle given as a path runs; None: on the GPU where there is one.
         refine: "bundle": by the refiner in the bundle, if it has one; "none"; or the name of a refiner, with its default options.
+        observers: each is called once with every image scored (`Scored`), in order.
 
     Raises:
         ValueError: nothing to score, or no file could be read.
@@ -135,7 +169,15 @@ def evaluate(
     pairs = _pairs(layout, split, card, str(images))
     data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
     result = score(
-        bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress, refiner=bundle.refiner(refine)
+        bundle.model,
+        data,
+        bundle.normalize,
+        card.classes,
+        card.tile,
+        card.overlap,
+        progress=progress,
+        refiner=bundle.refiner(refine),
+        observers=observers,
     )
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
