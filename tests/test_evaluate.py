@@ -13,7 +13,7 @@ from rich.console import Console
 from perpixel.bundle import load_bundle
 from perpixel.data.masks import read_mask
 from perpixel.evaluate import Evaluation, evaluate, render
-from perpixel.metrics import Confusion
+from perpixel.metrics.region import Region
 from perpixel.predict import Segmenter
 
 NAMES = ("class 0", "class 1", "class 2")
@@ -227,7 +227,7 @@ def test_json_holds_no_nan_where_a_class_is_nowhere(bundle, scenes):
 
 def test_json_holds_no_nan_of_an_empty_set_or_a_model_that_exploded():
     for losses in ({}, {"a.png": math.nan, "b.png": math.inf}):
-        plain = Evaluation(Confusion(2), ["a", "b"], losses).to_json()
+        plain = Evaluation(Region(2), ["a", "b"], losses).to_json()
         json.dumps(plain, allow_nan=False)
         assert plain["cost"] is None
         assert all(loss is None for loss in plain["losses"].values())

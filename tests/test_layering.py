@@ -24,7 +24,9 @@ ARROWS = {
     "check": {"check_report", "data"},
     "check_report": {"check"},
     "plan": {"check", "models", "recipe"},
-    "evaluate": {"bundle", "data", "losses", "metrics", "models", "tiling"},
+    "scores": {"metrics"},
+    "score_tables": {"evaluate", "metrics"},
+    "evaluate": {"bundle", "data", "losses", "metrics", "models", "score_tables", "scores", "tiling"},
     "refine": {"data", "refinement"},
     "tune": {"bundle", "data", "metrics", "refinement", "tiling"},
     "predict": {"bundle", "data", "models", "tiling"},
@@ -32,7 +34,7 @@ ARROWS = {
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
-    "cli": {"check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
+    "cli": {"check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "scores", "train", "tune"},
 }
 
 

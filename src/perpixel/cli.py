@@ -97,14 +97,38 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Else val where there are parts.")] = None,
     label: Labels = None,
     refine: Refine = "bundle",
+    scores: Annotated[
+        str, typer.Option(help="Beside the region scores: cost, boundary, surface, calibration, neurite; or all, or region for none.")
+    ] = "cost,boundary,calibration",
+    absent: Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")] = "union",
+    inside: Annotated[
+        str | None, typer.Option(help="Neurite scores: the class inside of cells. Default: the last.", show_default=False)
+    ] = None,
     json: Json = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json-out", help="Also write it all here, with the counts that `perpixel compare` reads.")
+    ] = None,
 ) -> None:
-    """Score a bundle on images with masks: one confusion matrix over the set, and the loss of each image."""
+    """Score a bundle on images with masks: per set and per image, with 95 % intervals, and the loss of each image."""
     from perpixel.evaluate import evaluate as run
     from perpixel.evaluate import render
+    from perpixel.scores import parse_groups
 
     with _live(json, "scoring") as progress:
-        result = run(bundle, images, masks, split=split, labels=_labels(label), refine=refine, progress=progress)
+        result = run(
+            bundle,
+            images,
+            masks,
+            split=split,
+            labels=_labels(label),
+            refine=refine,
+            scores=parse_groups(scores),
+            absent=absent,
+            inside=inside,
+            progress=progress,
+        )
+    if json_out is not None:
+        result.to_file(json_out)
     if json:
         _print_json(result.to_json())
     else:
