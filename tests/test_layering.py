@@ -50,6 +50,7 @@ ARROWS = {
         "scores",
         "train",
         "tune",
+        ,
     },
 }
 

@@ -23,12 +23,13 @@ from perpixel.metrics.tallies import PerImage
 from perpixel.scores import plain
 
 HOW = "Such a file is written by `perpixel evaluate --json-out FILE`, and by `perpixel train` as RUN/evaluation.json."
-WON = 20  # images named on each side, those with the largest differences first
+NAMED = 5  # images on each side, in the table for people
 
 
 @dataclass
 class RunScores:
-    """The counts of each image of one run: (N, K, 3) of pixels and (N, K, 3) of contour pixels, None where there are none; (N,) losses."""
+    """The counts of each image of one run: (N, K, 3) of pixels and (N, K, 3) of contour pixels, None where there are none; (N,) losses, NaN where
+    nothing is labelled and infinite where the scores overflowed."""
 
     name: str
     classes: list[str]
@@ -142,7 +143,7 @@ def read_scores(path: Path) -> RunScores:
         shape = (len(classes), 3)
         region = PerImage.unpacked(shape, names, stored["region"]).table
         contours = PerImage.unpacked(shape, names, stored["contours"]).table if "contours" in stored else None
-        values = np.array([losses.get(name) for name in names], np.float64)
+        values = np.array([np.inf if (loss := losses.get(name, np.nan)) is None else loss for name in names], np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its scores are damaged: {error}. {HOW}") from None
     return RunScores(str(path), classes, names, region, contours, values)
@@ -164,6 +165,8 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
         differences[name] = difference(*tables, score)
         if name != "iou":
             values[name] = (float(score(tables[0].sum(0))), float(score(tables[1].sum(0))))
+    if "cost" not in differences:
+        notes.append("the cost is not compared: the scores of some images overflowed")
     own = tallies.miou(two.region, absent) - tallies.miou(one.region, absent)
     wins = {name: float(gain) for name, gain in zip(one.images, own, strict=True) if gain and np.isfinite(gain)}
     return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, wins, notes)
@@ -184,15 +187,11 @@ def _measures(
     ]
     if one.contours is not None and two.contours is not None:
         per_image = [tallies.class_mean(tallies.dice(table), table) for table in (one.contours, two.contours)]
-        found.append(("bf", value_mean, _means_of(*per_image)))
-    found.append(("cost", value_mean, _means_of(one.losses, two.losses)))
+        # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.
+        found.append(("bf", value_mean, (values_table(per_image[0]), values_table(per_image[1]))))
+    if not np.isinf([one.losses, two.losses]).any():
+        found.append(("cost", value_mean, (values_table(one.losses), values_table(two.losses))))
     return found
-
-
-def _means_of(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tables for `value_mean` of values of each image, over the images that have one in both runs."""
-    both = np.isfinite(one) & np.isfinite(two)
-    return values_table(np.where(both, one, np.nan)), values_table(np.where(both, two, np.nan))
 
 
 def _in_both(
@@ -247,7 +246,7 @@ def render(pairings: Sequence[Pairing], console: Console) -> None:
             console.print(
                 f"{escape(who)} is better on {len(won)} of {pairing.images} images" + (", most on:" if won else ""), soft_wrap=True
             )
-            for name, gain in list(won.items())[:5]:
+            for name, gain in list(won.items())[:NAMED]:
                 console.print(f"  {100 * gain:6.1f} points  {escape(name)}", soft_wrap=True)
         console.print(f"[dim]{ABSENT_RULES[pairing.absent]}[/]", soft_wrap=True)
         console.print(f"[bold]{escape(pairing.verdict)}[/]", soft_wrap=True)
