@@ -50,7 +50,6 @@ ARROWS = {
         "scores",
         "train",
         "tune",
-        ,
     },
 }
 

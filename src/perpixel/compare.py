@@ -28,8 +28,13 @@ NAMED = 5  # images on each side, in the table for people
 
 @dataclass
 class RunScores:
-    """The counts of each image of one run: (N, K, 3) of pixels and (N, K, 3) of contour pixels, None where there are none; (N,) losses, NaN where
-    nothing is labelled and infinite where the scores overflowed."""
+    """The counts of each image of one run.
+
+    Attributes:
+        region: (N, K, 3) pixels of each class.
+        contours: (N, K, 3) contour pixels of each class; None where they were not scored.
+        losses: (N,), NaN where nothing is labelled and infinite where the scores overflowed.
+    """
 
     name: str
     classes: list[str]
