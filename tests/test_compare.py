@@ -1,11 +1,13 @@
 """Runs side by side: paired by image, equal to each run's own scores, with a verdict that follows from the interval."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from perpixel.compare import compare, read_scores
+from perpixel.compare_page import write_page
 from perpixel.evaluate import Evaluation
 from perpixel.metrics.region import Region
 from perpixel.scores import Scores
@@ -59,7 +61,8 @@ def test_values_are_each_run_s_own_and_differences_their_difference(file, absent
         assert told["scores"][key]["difference"] == pytest.approx(own[1] - own[0])
     assert told["scores"]["cost"]["first"] == pytest.approx(one.cost)
     assert told["scores"]["bf"]["second"] == pytest.approx(two.scores.boundaries.contours.score)
-    assert [row["iou_difference"] for row in told["classes"]] == pytest.approx((two.confusion.iou - one.confusion.iou).tolist())
+    assert [row["difference"] for row in told["classes"]] == pytest.approx((two.confusion.iou - one.confusion.iou).tolist())
+    assert [row["second"] for row in told["classes"]] == pytest.approx(two.confusion.iou.tolist())
 
 
 def test_the_interval_is_that_of_drawing_the_same_images_for_both(file):
@@ -157,6 +160,22 @@ def test_other_masks_no_common_image_and_files_without_counts_are_refused(file, 
         compare([first])
 
 
+def test_the_page_holds_every_number_is_escaped_and_draws_better_to_the_right(file, tmp_path):
+    found = compare([file("a<b>", 0.5), file("b", 0.2, seed=1)])
+    write_page(found, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    told = found[0].to_json()
+    assert "a<b>" not in text
+    assert "a&lt;b&gt;" in text
+    assert "http" not in text
+    for row in [*told["classes"], told["scores"]["miou"]]:
+        assert f"<td>{100 * row['difference']:+.2f}</td>" in text
+    assert f"<td>{told['scores']['cost']['difference']:+.4f}</td>" in text
+    centres = [float(place) for place in re.findall(r'class="up" cx="([\d.]+)"', text)]
+    assert len(centres) == 10  # the better run gains in six scores, three classes and the cost, which falls
+    assert all(place > 130 for place in centres)
+
+
 def test_the_command_compares_a_run_with_a_file_of_evaluate(run, sample_set, tmp_path, command):
     out = tmp_path / "again.json"
     said = command("evaluate", run / "best.safetensors", sample_set / "images", sample_set / "masks", "--json-out", out)
@@ -166,4 +185,6 @@ def test_the_command_compares_a_run_with_a_file_of_evaluate(run, sample_set, tmp
     assert "no difference is shown" in said.out
     told = json.loads(command("compare", run, out, "--json").out)
     assert told[0]["images"] == 4
+    assert command("compare", run, out, "--html", tmp_path / "page.html").code == 0
+    assert "no difference is shown" in (tmp_path / "page.html").read_text()
     assert command("compare", run).code == 2

@@ -204,12 +204,16 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or files written by `perpixel evaluate --json-out`.")],
     absent: Absent = "union",
     json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write it here as a page.")] = None,
 ) -> None:
     """Compare runs with the first, image by image: differences with 95 % intervals, and whether they are real."""
     from perpixel.compare import compare as run
     from perpixel.compare import render
+    from perpixel.compare_page import write_page
 
     result = run(runs, absent)
+    if html is not None:
+        write_page(result, html)
     if json:
         _print_json([pairing.to_json() for pairing in result])
     else:
