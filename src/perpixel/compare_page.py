@@ -26,7 +26,7 @@ PAGE = """<!doctype html>
 body { margin: 0 auto; max-width: 1000px; padding: 1rem; background: var(--paper); color: var(--ink); }
 body { font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
-.soft { color: var(--soft); font-size: .86rem; } .verdict { font-weight: 650; overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
+.soft { color: var(--soft); font-size: .86rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
@@ -39,8 +39,7 @@ li { overflow-wrap: anywhere; }
 <body>
 <h1>Runs side by side</h1>
 {% for pair in pairs %}
-<h2>{{ pair.second }} against {{ pair.first }}</h2>
-<p class="verdict">{{ pair.verdict }}</p>
+<h2>{{ pair.verdict }}</h2>
 {% for note in pair.notes %}<p class="soft">{{ note }}</p>{% endfor %}
 {% for table in pair.tables %}
 <div class="scroll"><table>
@@ -62,8 +61,8 @@ li { overflow-wrap: anywhere; }
 <p class="soft">{{ pair.absent_rule }} Of twenty classes that do not differ, one interval will leave zero out by chance.</p>
 {% endfor %}
 <p class="soft">Differences are the second run's minus the first's; 95 % intervals from 1,000 bootstrap resamples of the images, the same
-for both runs. Points are hundredths; cost is in nats, and less of it is better. Blue: better for sure; orange: worse for sure; grey: not shown.
-perpixel {{ version }}</p>
+for both runs. Points are hundredths; cost is in nats, and less of it is better. Blue: the whole interval is better; orange: worse; grey:
+it holds zero. perpixel {{ version }}</p>
 </body>
 </html>
 """
