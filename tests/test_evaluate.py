@@ -6,13 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from perpixel.bundle import load_bundle
 from perpixel.data.masks import read_mask
 from perpixel.evaluate import Evaluation, evaluate, render
-from perpixel.metrics import Confusion
+from perpixel.metrics.region import Region
 from perpixel.predict import Segmenter
 
 NAMES = ("class 0", "class 1", "class 2")
@@ -226,7 +227,7 @@ def test_json_holds_no_nan_where_a_class_is_nowhere(bundle, scenes):
 
 def test_json_holds_no_nan_of_an_empty_set_or_a_model_that_exploded():
     for losses in ({}, {"a.png": math.nan, "b.png": math.inf}):
-        plain = Evaluation(Confusion(2), ["a", "b"], losses).to_json()
+        plain = Evaluation(Region(2), ["a", "b"], losses).to_json()
         json.dumps(plain, allow_nan=False)
         assert plain["cost"] is None
         assert all(loss is None for loss in plain["losses"].values())
@@ -247,6 +248,20 @@ def test_progress_counts_every_image_that_was_scored(bundle, scenes):
     seen = []
     evaluate(bundle, scenes / "images", scenes / "masks", progress=lambda *told: seen.append(told))
     assert seen == [(number + 1, 12, f"{number:02d}") for number in range(12)]
+
+
+def test_observers_see_every_image_once_with_the_logits_that_predict_gives(bundle, scenes):
+    (scenes / "masks" / "05.png").write_bytes(b"")
+    seen = []
+    result = evaluate(bundle, scenes / "images", scenes / "masks", observers=[seen.append])
+    assert [image.name for image in seen] == [f"{k:02d}" for k in range(12) if k != 5]
+    for image in seen:
+        assert image.path == scenes / "images" / f"{image.name}.png"
+        assert np.array_equal(image.image.movedim(0, -1), np.asarray(Image.open(image.path)))
+        assert np.array_equal(image.labels, np.asarray(Image.open(scenes / "masks" / image.path.name)))
+        torch.testing.assert_close(image.logits, Segmenter(bundle).logits(image.path))
+        assert image.loss == result.losses[str(image.path)]
+        assert image.ignore == 255
 
 
 def test_masks_of_a_run_are_read_as_check_reads_them(run, sample_set):

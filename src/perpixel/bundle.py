@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -52,6 +52,15 @@ class RefinerCard(BaseModel):
     gain: dict[str, Any] = {}  # the score before and after, and the interval of the difference
 
 
+class TemperatureCard(BaseModel):
+    """The number that scores are divided by before softmax, so that probabilities mean what they say; fitted on validation images."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    value: float = Field(gt=0, allow_inf_nan=False)
+    images: int = 0  # that it was fitted on
+
+
 class Card(BaseModel):
     """The metadata of a bundle, in plain JSON types."""
 
@@ -74,6 +83,7 @@ class Card(BaseModel):
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
     refiner: RefinerCard | None = None
+    temperature: TemperatureCard | None = None  # of the scores as the refiner above leaves them
 
 
 @dataclass
@@ -114,6 +124,11 @@ class Bundle:
 
         spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
         return build_refiner(spec.name, spec.options, self.full_scale).to(next(self.model.parameters()).device)
+
+    def temperature(self, choice: str = "bundle") -> float:
+        """What to divide scores by before softmax; 1 where nothing was fitted, or not for scores refined by `choice` (see `refiner`)."""
+        fitted = choice == "bundle" or (choice == "none" and self.card.refiner is None)
+        return self.card.temperature.value if fitted and self.card.temperature is not None else 1.0
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -32,6 +32,7 @@ Labels = Annotated[
     list[str] | None, typer.Option("--label", help="A mask value's meaning: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)
 ]
 Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf.")]
+Absent = Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 
@@ -99,14 +100,38 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Score only this part: train, val or test. Else val where there are parts.")] = None,
     label: Labels = None,
     refine: Refine = "bundle",
+    scores: Annotated[
+        str, typer.Option(help="Beside the region scores: cost, boundary, surface, calibration, neurite; or all, or region for none.")
+    ] = "cost,boundary,calibration",
+    absent: Absent = "union",
+    inside: Annotated[
+        str | None, typer.Option(help="Neurite scores: the class inside of cells. Default: the last.", show_default=False)
+    ] = None,
     json: Json = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json-out", help="Also write it all here, with the counts that `perpixel compare` reads.")
+    ] = None,
 ) -> None:
-    """Score a bundle on images with masks: one confusion matrix over the set, and the loss of each image."""
+    """Score a bundle on images with masks: per set and per image, with 95 % intervals, and the loss of each image."""
     from perpixel.evaluate import evaluate as run
     from perpixel.evaluate import render
+    from perpixel.scores import parse_groups
 
     with _live(json, "scoring") as progress:
-        result = run(bundle, images, masks, split=split, labels=_labels(label), refine=refine, progress=progress)
+        result = run(
+            bundle,
+            images,
+            masks,
+            split=split,
+            labels=_labels(label),
+            refine=refine,
+            scores=parse_groups(scores),
+            absent=absent,
+            inside=inside,
+            progress=progress,
+        )
+    if json_out is not None:
+        result.to_file(json_out)
     if json:
         _print_json(result.to_json())
     else:
@@ -168,6 +193,48 @@ def tune(
 
     with _live(json, "tuning") as progress:
         result = run(bundle, images, masks, refiners=refiner, minutes=minutes, split=split, write=not dry_run, progress=progress)
+    if json:
+        _print_json(result.to_json())
+    else:
+        render(result, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or files written by `perpixel evaluate --json-out`.")],
+    absent: Absent = "union",
+    json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write it here as a page.")] = None,
+) -> None:
+    """Compare runs with the first, image by image: differences with 95 % intervals, and whether they are real."""
+    from perpixel.compare import compare as run
+    from perpixel.compare import render
+    from perpixel.compare_page import write_page
+
+    result = run(runs, absent)
+    if html is not None:
+        write_page(result, html)
+    if json:
+        _print_json([pairing.to_json() for pairing in result])
+    else:
+        render(result, Console())
+
+
+@app.command()
+def calibrate(
+    bundle: Bundle,
+    images: Images,
+    masks: Masks = None,
+    split: Annotated[str, typer.Option(help="The part to fit on: val, or another.")] = "val",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
+    json: Json = False,
+) -> None:
+    """Fit the temperature that makes a bundle's probabilities mean what they say; labels stay as they are."""
+    from perpixel.calibrate import calibrate as run
+    from perpixel.calibrate import render
+
+    with _live(json, "calibrating") as progress:
+        result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
     if json:
         _print_json(result.to_json())
     else:

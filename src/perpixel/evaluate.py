@@ -1,5 +1,9 @@
-"""Scores of a model on a set: one streaming confusion matrix, the loss of each image, the cost of the set."""
+"""Scores of a model on a set: one streaming confusion matrix, the loss and counts of each image, the cost of the set, intervals.
 
+What else can be asked for is in `scores.py`, the tables for people in `score_tables.py`.
+"""
+
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from perpixel.bundle import Bundle, Card, load_bundle
@@ -18,10 +20,17 @@ from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import Layout, Pair, find_layout, split_pairs
 from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
+from perpixel.data.writing import replacing
 from perpixel.losses import cross_entropy
-from perpixel.metrics import ABSENT_RULE, Confusion
+from perpixel.metrics import ABSENT_RULES, Confusion, tallies
+from perpixel.metrics.intervals import Interval, interval, value_mean, values_table
+from perpixel.metrics.region import Region
 from perpixel.models.model import SegmentationModel
+from perpixel.score_tables import render
+from perpixel.scores import DEFAULT_GROUPS, Observer, Scored, Scores, plain
 from perpixel.tiling import predict_tiled
+
+__all__ = ["Evaluation", "Observer", "Scored", "evaluate", "render", "score"]
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
 
@@ -30,12 +39,19 @@ Progress = Callable[[int, int, str], None]  # (done, of, what)
 class Evaluation:
     """What a set of labelled images says of a model."""
 
-    confusion: Confusion
+    region: Region  # the confusion matrix of the set, and the counts of each image that was scored
     classes: list[str]
     losses: dict[str, float] = field(default_factory=dict)  # image file -> its loss in nats per labelled pixel
     damaged: dict[str, str] = field(default_factory=dict)  # image file -> why it was left out, naming the file at fault
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)  # what makes the scores doubtful
+    scores: Scores | None = None  # of other kinds, where they were asked for
+    absent: str = "union"  # the rule of every mean over classes, a key of `ABSENT_RULES`
+
+    @property
+    def confusion(self) -> Confusion:
+        """The confusion matrix of the set."""
+        return self.region.confusion
 
     @property
     def cost(self) -> float:
@@ -46,18 +62,55 @@ class Evaluation:
         """The images with the largest loss, largest first."""
         return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
 
+    def intervals(self) -> dict[str, Interval]:
+        """Score -> its 95 % interval by bootstrap over the images (1,000 resamples); "iou" is that of each class, (K,)."""
+        images, absent = self.region.images, self.absent
+
+        def scores_of(sums: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.stack(list(tallies.scores(sums, absent).values()), -1), tallies.iou(sums)], -1)
+
+        names = list(tallies.scores(images.total))
+        every = interval(images.table, scores_of)
+        value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
+        found = {name: Interval(value[k], low[k], high[k], every.level, every.images) for k, name in enumerate(names)}
+        found["iou"] = Interval(value[len(names) :], low[len(names) :], high[len(names) :], every.level, every.images)
+        losses = np.array(list(self.losses.values()))
+        found["cost"] = interval(values_table(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan)), value_mean)
+        return found if self.scores is None else found | self.scores.intervals(absent)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain types: scores, the rule for absent classes, the loss of each image and the cost; None where a number is not finite."""
+        """Plain types: scores, the rule for absent classes, intervals, losses and cost; None where there is no number."""
+        side_by_side = self.region.side_by_side(self.absent)
         return {
             "images": len(self.losses),
-            **self.confusion.to_dict(self.classes),
-            "cost": self.cost if math.isfinite(self.cost) else None,
-            "losses": {name: loss if math.isfinite(loss) else None for name, loss in self.losses.items()},
+            **self.confusion.to_dict(self.classes, self.absent),
+            "image_means": {name: plain(value) for name, value in side_by_side["images"].items()},
+            "cost": plain(self.cost),
+            "intervals": {name: [plain(np.asarray(found.low)), plain(np.asarray(found.high))] for name, found in self.intervals().items()},
+            **({} if self.scores is None else self.scores.to_json(self.absent)),
+            "losses": {name: plain(loss) for name, loss in self.losses.items()},
             "worst": [name for name, _ in self.worst()],
             "warnings": self.warnings,
             "damaged": self.damaged,
             "seconds": round(self.seconds, 3),
         }
+
+    def to_file(self, path: Path) -> None:
+        """Writes `to_json`, and under "per_image" the counts of each image, which `perpixel compare` reads.
+
+        One line for each key: text for people and short for programs.
+        """
+        content = self.to_json()
+        boundaries = None if self.scores is None else self.scores.boundaries
+        content["per_image"] = {
+            "names": self.region.images.names,
+            "region": self.region.images.packed(),
+            **({} if boundaries is None else {"contours": boundaries.contours.images.packed()}),
+        }
+        lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 @torch.inference_mode()
@@ -72,29 +125,35 @@ def score(
     progress: Progress | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
     refiner: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Scores of `model` (in eval mode) on the images of `indices`, one whole image at a time; tiles where one is larger than `tile`.
 
     `keep(index, labels)` receives each prediction (H, W), for pictures; `refiner` turns logits (N, K, H, W) and the image as read into
-    better ones. A damaged file is named in the result and left out.
+    better ones; each of `observers` is called once with every image scored. A damaged file is named in the result and left out.
     """
-    device = next(model.parameters()).device
-    result = Evaluation(Confusion(len(classes), device=device), list(classes))
+    device, ignore = next(model.parameters()).device, images.label_map.ignore
+    result = Evaluation(Region(len(classes), device=device), list(classes))
     start, todo = time.monotonic(), list(range(len(images)) if indices is None else indices)
     for done, index in enumerate(todo):
+        picture = images.pairs[index].image
         try:
             example = images[index]
         except ValueError as error:
-            result.damaged[str(images.pairs[index].image)] = str(error)
+            result.damaged[str(picture)] = str(error)
             continue
         logits = predict_tiled(model, normalize(example.image.to(device)), tile, overlap).float()
         if refiner is not None:
             logits = refiner(logits[None], example.image[None])[0]
         labels = example.labels.to(device).long()
         predicted = logits.argmax(0)
-        result.confusion.update(labels, predicted, ignore=images.label_map.ignore)
-        if (labels != images.label_map.ignore).any():
-            result.losses[str(images.pairs[index].image)] = cross_entropy(logits[None], labels[None], ignore=images.label_map.ignore).item()
+        result.region.update(labels, predicted, ignore=ignore, name=str(picture))
+        loss = math.nan
+        if (labels != ignore).any():
+            loss = cross_entropy(logits[None], labels[None], ignore=ignore).item()
+            result.losses[str(picture)] = loss
+        for observe in observers:
+            observe(Scored(example.name, picture.path, example.image, labels, logits, loss, ignore))
         if keep is not None:
             keep(index, predicted)
         if progress is not None:
@@ -113,6 +172,10 @@ def evaluate(
     device: str | None = None,
     refine: str = "bundle",
     progress: Progress | None = None,
+    scores: Sequence[str] = DEFAULT_GROUPS,
+    absent: str = "union",
+    inside: str | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Scores of a bundle on a folder of images and masks.
 
@@ -124,19 +187,35 @@ def evaluate(
         labels: mask value -> class index or 255, over the bundle's own label map.
         device: where a bundle given as a path runs; None: on the GPU where there is one.
         refine: "bundle": by the refiner in the bundle, if it has one; "none"; or the name of a refiner, with its default options.
+        scores: what to gather beside the region scores, of `scores.GROUPS`.
+        absent: the rule for absent classes in every mean, of `ABSENT_RULES`.
+        inside: the class that neurite scores take for the inside of cells; None: the last.
+        observers: each is called once with every image scored (`Scored`), in order.
 
     Raises:
-        ValueError: nothing to score, or no file could be read.
+        ValueError: an unknown score, rule or class, nothing to score, or no file could be read.
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if absent not in ABSENT_RULES:
+        raise ValueError(f"absent is {absent!r}; the rules for absent classes are {', '.join(ABSENT_RULES)}")
     card = bundle.card
+    gathered = Scores(scores, card.classes, bundle.temperature(refine), inside)
     layout = find_layout(images, masks)
     pairs = _pairs(layout, split, card, str(images))
     data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
     result = score(
-        bundle.model, data, bundle.normalize, card.classes, card.tile, card.overlap, progress=progress, refiner=bundle.refiner(refine)
+        bundle.model,
+        data,
+        bundle.normalize,
+        card.classes,
+        card.tile,
+        card.overlap,
+        progress=progress,
+        refiner=bundle.refiner(refine),
+        observers=[gathered, *observers],
     )
+    result.scores, result.absent = gathered, absent
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")
@@ -173,31 +252,3 @@ def _pairs(layout: Layout, split: str | None, card: Card, images: str) -> list[P
     if not pairs:
         raise ValueError(f"{images}: no image with a mask was found, so there is nothing to score.")
     return pairs
-
-
-def render(result: Evaluation, console: Console) -> None:
-    """The scores as tables for people."""
-    matrix = result.confusion
-    table = Table("class", "accuracy", "IoU", "Dice", "share of pixels", title=f"{len(result.losses)} images")
-    share = matrix.counts.sum(1) / matrix.counts.sum().clamp(min=1)
-    for name, *values in zip(result.classes, matrix.class_accuracy, matrix.iou, matrix.dice, share, strict=True):
-        table.add_row(escape(name), *(_percent(float(value)) for value in values))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    console.print(
-        f"pixel accuracy [bold]{_percent(matrix.pixel_accuracy)}[/]   mean accuracy {_percent(matrix.mean_accuracy)}   "
-        f"mIoU [bold]{_percent(matrix.miou)}[/]   frequency-weighted IoU {_percent(matrix.fwiou)}   mean Dice {_percent(matrix.mean_dice)}"
-    )
-    console.print(f"[dim]One matrix over the whole set. {ABSENT_RULE}[/]")
-    console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel). Largest losses:")
-    for name, loss in result.worst():
-        console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)
-    for doubt in result.warnings:
-        console.print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True)
-    for why in result.damaged.values():
-        console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
-
-
-def _percent(value: float) -> str:
-    return "-" if value != value else f"{100 * value:.1f} %"

@@ -128,7 +128,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             due = math.floor(after * section.validations)
             if due > place.rounds and after < 1:
                 place.rounds = due
-                clock.reserve = 1.2 * run.validate(log)
+                clock.reserve = 3 * run.validate(log)  # in the end one more, and all scores of the best
                 run.save()
             elif fabric.broadcast(time.monotonic() - run.saved_at > max(SAVE_EVERY, 20 * run.save_seconds)):
                 run.save()
@@ -138,6 +138,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             )
         if place.validated < place.step:
             run.validate(log)
+        run.conclude(log)
         place.seconds, place.finished = clock.elapsed, True
         run.save()
     return Outcome(out, recipe, place.step, place.best_step, place.scores)

@@ -5,6 +5,7 @@ prediction. Pixels give the region scores (Long et al. 2015, arXiv:1411.4038, se
 pixels matched one to one give the BF score. Tallies add, so a set is the sum of its images, and a resampled set a weighted sum.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -130,6 +131,26 @@ class PerImage:
     def total(self) -> np.ndarray:
         """(*shape) int64: the counts of the set."""
         return np.asarray(self.table.sum(0))
+
+    def packed(self) -> list[list[int]]:
+        """Plain JSON types, short where most counts are 0: of each image the place in the flattened counts and the count, in turns."""
+        flat = (row.ravel() for row in self._rows)
+        return [np.stack([places := np.flatnonzero(row), row[places]], 1).ravel().tolist() for row in flat]
+
+    @classmethod
+    def unpacked(cls, shape: Sequence[int], names: Sequence[str], packed: Sequence[Sequence[int]]) -> "PerImage":
+        """The table that `packed` gave; ValueError where it does not fit the shape or the names."""
+        table, size = cls(shape), math.prod(shape)
+        if len(names) != len(packed):
+            raise ValueError(f"counts of {len(packed)} images for {len(names)} names")
+        for name, pairs in zip(names, packed, strict=True):
+            places, counts = np.array(pairs[0::2], np.int64), np.array(pairs[1::2], np.int64)
+            if len(places) != len(counts) or (places < 0).any() or (places >= size).any() or (counts < 0).any():
+                raise ValueError(f"the counts of {name} do not belong to a table of {tuple(shape)}")
+            row = np.zeros(size, np.int64)
+            row[places] = counts
+            table.add(row.reshape(tuple(shape)), name)
+        return table
 
     def paired_with(self, other: "PerImage") -> tuple[np.ndarray, np.ndarray]:
         """Both tables with the same images in the same order; ValueError where the images are not the same or not told apart by name."""
