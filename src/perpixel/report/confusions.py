@@ -88,7 +88,7 @@ class Confusions:
         held = self._crops.setdefault((truth, guess), [])
         if len(held) == PER_PAIR and weights[best] <= held[-1].weight:
             return
-        rows, columns = ndimage.find_objects(regions == best + 1)[0]
+        rows, columns = ndimage.find_objects(regions)[best]
         held.append(crop_of(seen, (rows.start, columns.start, rows.stop, columns.stop), float(weights[best]), self.colors))
         held.sort(key=lambda crop: -crop.weight)
         del held[PER_PAIR:]

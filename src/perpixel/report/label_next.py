@@ -24,6 +24,7 @@ class Proposal:
     """
 
     name: str
+    size: tuple[int, int]  # (height, width) in pixels
     uncertainty: float
     photo: bytes
     guess: bytes
@@ -108,12 +109,16 @@ def propose(
     proposals = []
     for place in choose(np.array(uncertain), np.stack(known), count) if looked else []:
         image, logits = read(looked[place])
-        pictures = (
-            photo(image, side),
-            label_layer(logits.argmax(0).cpu().numpy(), colors, side),
-            heat(_entropy(logits.softmax(0)).cpu().numpy(), side),
+        proposals.append(
+            Proposal(
+                name=names[looked[place]],
+                size=(image.shape[1], image.shape[2]),
+                uncertainty=uncertain[place],
+                photo=photo(image, side),
+                guess=label_layer(logits.argmax(0).cpu().numpy(), colors, side),
+                entropy=heat(_entropy(logits.softmax(0)).cpu().numpy(), side),
+            )
         )
-        proposals.append(Proposal(names[looked[place]], uncertain[place], *pictures))
     return proposals, damaged
 
 
