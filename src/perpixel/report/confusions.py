@@ -18,11 +18,20 @@ class Crop:
     """A piece of an image around one connected region, as encoded WebP; truth and guess are layers to lie over the photo."""
 
     name: str  # of the image
-    box: Box
+    box: Box  # the piece
+    region: Box  # what it is about, within the image
     weight: float  # what the crops of a kind are ranked by
     photo: bytes
     truth: bytes
     guess: bytes
+
+    @property
+    def mark(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height of the region within the piece, in percent."""
+        top, left, bottom, right = self.box
+        height, width = (bottom - top) / 100, (right - left) / 100
+        y, x, end_y, end_x = self.region
+        return (x - left) / width, (y - top) / height, (end_x - x) / width, (end_y - y) / height
 
     @property
     def bytes(self) -> int:
@@ -102,6 +111,7 @@ def crop_of(seen: Seen, box: Box, weight: float, colors: Sequence[tuple[int, int
     return Crop(
         seen.name,
         part,
+        box,
         weight,
         photo(cut(seen.image, part), side),
         label_layer(cut(seen.truth, part), colors, side),

@@ -51,13 +51,18 @@ def heat(values: np.ndarray, side: int) -> bytes:
     return _encoded(Image.fromarray(_cividis()[(np.asarray(small) * 255).round().clip(0, 255).astype(np.uint8)]), quality=70)
 
 
-def around(box: Box, size: tuple[int, ...], least: int = 96) -> Box:
-    """The box with as much again around it, at least `least` pixels a side where the image of `size` has as many, and within it."""
+def around(box: Box, size: tuple[int, ...], least: int = 96, longest: float = 1.6) -> Box:
+    """The box with as much again around it, as far as the image of `size` reaches.
+
+    Its sides are at least `least` pixels, and none more than `longest` times the other.
+    """
+    height, width = (max(least, 2 * (high - low)) for low, high in ((box[0], box[2]), (box[1], box[3])))
+    wanted = max(height, width / longest), max(width, height / longest)
     ends = []
-    for low, high, whole in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
-        length = min(whole, max(least, 2 * (high - low)))
-        start = min(max(0, (low + high - length) // 2), whole - length)
-        ends.append((start, start + length))
+    for low, high, length, whole in zip(box[:2], box[2:], wanted, size, strict=True):
+        side = min(whole, round(length))
+        start = min(max(0, (low + high - side) // 2), whole - side)
+        ends.append((start, start + side))
     return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
 
 
