@@ -31,10 +31,26 @@ ARROWS = {
     "tune": {"bundle", "data", "metrics", "refinement", "tiling"},
     "predict": {"bundle", "data", "models", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
-    "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
+    "calibrate": {"bundle", "evaluate", "metrics", "scores"},
+    "compare": {"metrics", "scores"},
+    "run": {"bundle", "calibrate", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe", "scores"},
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
-    "cli": {"check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "scores", "train", "tune"},
+    "cli": {
+        "calibrate",
+        "check",
+        "compare",
+        "data",
+        "demo",
+        "evaluate",
+        "models",
+        "predict",
+        "recipe",
+        "refine",
+        "scores",
+        "train",
+        "tune",
+    },
 }
 
 

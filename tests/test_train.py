@@ -111,8 +111,8 @@ def test_pictures_of_the_validation_are_those_of_the_best_bundle(sample_set, tmp
     """Every validation after the first is made to score nothing, so the first stays the best."""
     drawn, draw, honest = [], Run._draw, run_module.score
 
-    def score(*arguments):
-        result = honest(*arguments)
+    def score(*arguments, **named):
+        result = honest(*arguments, **named)
         if validations := len(scored):
             with torch.inference_mode():
                 result.confusion.counts[:, 0] += validations * 10**6
@@ -123,7 +123,7 @@ def test_pictures_of_the_validation_are_those_of_the_best_bundle(sample_set, tmp
     monkeypatch.setattr(run_module, "score", score)
     monkeypatch.setattr(Run, "_draw", lambda run, *rest: (drawn.append(run.place.step), draw(run, *rest)))
     outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=6, settings=[*tiny_settings, "train.validations=3"])
-    assert len(scored) == 3
+    assert len(scored) == 4  # and once more in the end, for all scores of the best
     assert set(drawn) == {outcome.best_step} == {2}
 
 

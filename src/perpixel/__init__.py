@@ -9,7 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perpixel.calibrate import calibrate
     from perpixel.check import check
+    from perpixel.compare import compare
     from perpixel.evaluate import evaluate
     from perpixel.models import build, convolutionize
     from perpixel.predict import Segmenter, load
@@ -19,12 +21,27 @@ if TYPE_CHECKING:
     from perpixel.tune import tune
 
 __version__ = "0.1.0"
-__all__ = ["Segmenter", "build", "check", "convolutionize", "evaluate", "load", "predict_tiled", "refine", "train", "tune"]
+__all__ = [
+    "Segmenter",
+    "build",
+    "calibrate",
+    "check",
+    "compare",
+    "convolutionize",
+    "evaluate",
+    "load",
+    "predict_tiled",
+    "refine",
+    "train",
+    "tune",
+]
 
 _HOME = {
     "Segmenter": "perpixel.predict",
     "build": "perpixel.models",
+    "calibrate": "perpixel.calibrate",
     "check": "perpixel.check",
+    "compare": "perpixel.compare",
     "convolutionize": "perpixel.models",
     "evaluate": "perpixel.evaluate",
     "load": "perpixel.predict",

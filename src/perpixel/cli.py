@@ -32,6 +32,7 @@ Labels = Annotated[
     list[str] | None, typer.Option("--label", help="A mask value's meaning: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)
 ]
 Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf.")]
+Absent = Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 
@@ -62,6 +63,7 @@ def train(
     masks: Masks = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", show_default=True)] = Path("run"),
     recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe, or a YAML file with any part of one.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The recipe's network with today's training in place of its own.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock budget; the schedule fits itself to it.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan: train.lr=0.001", show_default=False)] = None,
@@ -77,6 +79,7 @@ def train(
         masks,
         out=out,
         recipe=recipe,
+        fast=fast,
         settings=set_ or (),
         steps=steps,
         minutes=minutes,
@@ -100,7 +103,7 @@ def evaluate(
     scores: Annotated[
         str, typer.Option(help="Beside the region scores: cost, boundary, surface, calibration, neurite; or all, or region for none.")
     ] = "cost,boundary,calibration",
-    absent: Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")] = "union",
+    absent: Absent = "union",
     inside: Annotated[
         str | None, typer.Option(help="Neurite scores: the class inside of cells. Default: the last.", show_default=False)
     ] = None,
@@ -190,6 +193,44 @@ def tune(
 
     with _live(json, "tuning") as progress:
         result = run(bundle, images, masks, refiners=refiner, minutes=minutes, split=split, write=not dry_run, progress=progress)
+    if json:
+        _print_json(result.to_json())
+    else:
+        render(result, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or files written by `perpixel evaluate --json-out`.")],
+    absent: Absent = "union",
+    json: Json = False,
+) -> None:
+    """Compare runs with the first, image by image: differences with 95 % intervals, and whether they are real."""
+    from perpixel.compare import compare as run
+    from perpixel.compare import render
+
+    result = run(runs, absent)
+    if json:
+        _print_json([pairing.to_json() for pairing in result])
+    else:
+        render(result, Console())
+
+
+@app.command()
+def calibrate(
+    bundle: Bundle,
+    images: Images,
+    masks: Masks = None,
+    split: Annotated[str, typer.Option(help="The part to fit on: val, or another.")] = "val",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
+    json: Json = False,
+) -> None:
+    """Fit the temperature that makes a bundle's probabilities mean what they say; labels stay as they are."""
+    from perpixel.calibrate import calibrate as run
+    from perpixel.calibrate import render
+
+    with _live(json, "calibrating") as progress:
+        result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
     if json:
         _print_json(result.to_json())
     else:

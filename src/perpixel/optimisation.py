@@ -21,7 +21,7 @@ class Clock:
 
     def __init__(self, section: TrainSection, started: float, before: float) -> None:
         self.section, self.started, self.before = section, started, before
-        self.reserve = 0.0  # seconds kept for the last validation, known after the first
+        self.reserve = 0.0  # seconds kept for the last validation and the final scores, known after the first
         self.reached = 0.0
         self.first: tuple[int, float] | None = None
 

@@ -24,7 +24,7 @@ class Segmenter:
     """A bundle in use: `perpixel.load("RUN/best.safetensors").predict("photo.jpg")`."""
 
     def __init__(self, bundle: Bundle, refine: str = "bundle") -> None:
-        self.bundle, self.refiner = bundle, bundle.refiner(refine)
+        self.bundle, self.refiner, self.temperature = bundle, bundle.refiner(refine), bundle.temperature(refine)
 
     @property
     def classes(self) -> list[str]:
@@ -84,8 +84,8 @@ class Segmenter:
         return monte_carlo(self.bundle.model, self._normalized(pixels, source), samples, seed, self._stitched)  # not refined
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
-        """(K, H, W) float32 softmax probabilities; see `logits`."""
-        return self.logits(image).softmax(0).cpu().numpy()
+        """(K, H, W) float32 softmax probabilities, at the temperature that the bundle was calibrated to; see `logits`."""
+        return (self.logits(image) / self.temperature).softmax(0).cpu().numpy()
 
     def predict(self, image: np.ndarray | Tensor | Path | str, samples: int | None = None) -> np.ndarray:
         """(H, W) class indices, uint8 (uint16 above 255 classes); see `logits`, and `monte_carlo` for `samples`."""
@@ -160,7 +160,7 @@ def predict_files(
                 unseen = int(np.iinfo(labels.dtype).max)  # a prediction ignores nothing
                 write_rgb(out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, segmenter.colors, ignore=unseen))
             if with_probabilities:
-                probabilities = scores.softmax(0) if sampled is None else scores
+                probabilities = (scores / segmenter.temperature).softmax(0) if sampled is None else scores
                 write_array(out / "probabilities" / f"{picture.name}.npy", probabilities.half().cpu().numpy())
             if sampled is not None:
                 write_array(out / "uncertainty" / f"{picture.name}.npy", sampled.uncertainty.half().cpu().numpy())

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from itertools import islice
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from perpixel import __version__
-from perpixel.bundle import Card, read_tensors, save_bundle, save_tensors, start_from_bundle
+from perpixel.bundle import Card, TemperatureCard, load_bundle, read_tensors, save_bundle, save_tensors, start_from_bundle
+from perpixel.calibrate import PixelSample, fitted
 from perpixel.check import Check
 from perpixel.data.dataset import LabelledImages, SampleStream, collate, sample_numbers
 from perpixel.data.display import overlay, to_display
@@ -27,7 +28,7 @@ from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
-from perpixel.evaluate import Evaluation, score
+from perpixel.evaluate import Evaluation, Observer, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
 from perpixel.models import MODELS, build
 from perpixel.models.batch_norm import batch_norms, freeze_batch_norm, measure_batch_norm, unfold_batch_norm
@@ -35,6 +36,7 @@ from perpixel.models.model import SegmentationModel
 from perpixel.optimisation import Average, freeze, make_optimizer
 from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe
+from perpixel.scores import DEFAULT_GROUPS, Scores
 
 PICTURES = 6  # validation images drawn with each best bundle
 STATE_FORMAT = 3  # of resume.safetensors
@@ -222,27 +224,47 @@ class Run:
         if fabric.world_size > 1:
             for buffer in model.buffers():
                 buffer.copy_(fabric.broadcast(buffer))
-        share = range(fabric.global_rank, len(self.val_images), fabric.world_size)
         drawn: dict[int, np.ndarray] = {}
 
         def keep(index: int, labels: Tensor) -> None:
             if len(drawn) < PICTURES:
                 drawn[index] = labels.cpu().numpy()
 
-        names, tile = self.recipe.data.classes, self.recipe.predict
-        with fabric.autocast():
-            result = score(model, self.val_images, self.normalize, names, tile.tile, tile.overlap, share, log.validating, keep)
-        result = _gathered(fabric, result)
+        sample = PixelSample()
+        result = self._scored_share(model, log, [sample], keep)
+        sample = _merged(fabric, sample)
         place.validated = place.step
         if not result.confusion.miou <= place.best_miou:
             place.best_miou, place.best_step, place.scores = result.confusion.miou, place.step, result.to_json()
             if fabric.is_global_zero:
-                save_bundle(self.out / "best.safetensors", model.state_dict(), self._card())
-                write_text(self.out / "evaluation.json", json.dumps(place.scores, indent=1))
+                save_bundle(self.out / "best.safetensors", model.state_dict(), self._card(fitted(sample).card))
+                result.to_file(self.out / "evaluation.json")
                 for index, predicted in drawn.items():
                     self._draw(index, predicted)
         log.validated(place.step, result)
         return time.monotonic() - start
+
+    def conclude(self, log: TrainingLog) -> None:
+        """All scores of best.safetensors on the validation part, into evaluation.json; validations during training have those of region."""
+        self.fabric.barrier()  # until the first process has written it
+        best = load_bundle(self.out / "best.safetensors", self.fabric.device)
+        scores = Scores(DEFAULT_GROUPS, best.card.classes, best.temperature())
+        result = self._scored_share(best.model, log, [scores])
+        result.scores = _merged(self.fabric, scores)
+        self.place.scores = result.to_json()
+        if self.fabric.is_global_zero:
+            result.to_file(self.out / "evaluation.json")
+
+    def _scored_share(
+        self, model: SegmentationModel, log: TrainingLog, observers: Sequence[Observer], keep: Callable[[int, Tensor], None] | None = None
+    ) -> Evaluation:
+        """Region scores on the validation part, of which each process scores its share; observers see theirs only."""
+        fabric, names, tile = self.fabric, self.recipe.data.classes, self.recipe.predict
+        share = range(fabric.global_rank, len(self.val_images), fabric.world_size)
+        with fabric.autocast():
+            images, sizes = self.val_images, (tile.tile, tile.overlap)
+            result = score(model, images, self.normalize, names, *sizes, share, log.validating, keep, observers=observers)
+        return _gathered(fabric, result)
 
     def _draw(self, index: int, predicted: np.ndarray) -> None:
         """Image, truth and prediction side by side, as OUT/validation/<name>.jpg."""
@@ -254,7 +276,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rgb(path, np.hstack([to_display(image), *both]))
 
-    def _card(self) -> Card:
+    def _card(self, temperature: TemperatureCard | None = None) -> Card:
         data, spec, tile = self.recipe.data, self.recipe.model, self.recipe.predict
         return Card(
             perpixel=__version__,
@@ -272,6 +294,7 @@ class Run:
             overlap=tile.overlap,
             val_fraction=data.val_fraction,
             split_seed=data.split_seed,
+            temperature=temperature,
         )
 
     def _options(self) -> dict[str, Any]:
@@ -381,7 +404,19 @@ def _gathered(fabric: Fabric, result: Evaluation) -> Evaluation:
         torch.distributed.all_gather_object(everyone, (result.losses, result.damaged))
         result.losses = {name: loss for losses, _ in everyone for name, loss in losses.items()}
         result.damaged = {name: why for _, damaged in everyone for name, why in damaged.items()}
+        result.region.images = _merged(fabric, result.region.images)
     return result
+
+
+def _merged(fabric: Fabric, own: Any) -> Any:
+    """What all processes have gathered in objects with `merge`, in the order of their ranks, the same on each."""
+    if fabric.world_size == 1:
+        return own
+    everyone: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(everyone, own)
+    for other in everyone[1:]:
+        everyone[0].merge(other)
+    return everyone[0]
 
 
 def _fingerprint(report: Check) -> str:

@@ -31,7 +31,7 @@ def render(result: "Evaluation", console: Console) -> None:
         console.print(line, soft_wrap=True)
     cost = intervals["cost"]
     within = f", 95 % {cost.low:.4f} to {cost.high:.4f}" if np.isfinite(cost.low) else ""
-    console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel{within}). Largest losses:")
+    console.print(f"cost {result.cost:.4f} (mean of the images' cross-entropy, nats per pixel{within}). Largest losses:", soft_wrap=True)
     for name, loss in result.worst():
         console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)
     for doubt in result.warnings:

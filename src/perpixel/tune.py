@@ -155,7 +155,11 @@ def tune(
     result.seconds = time.monotonic() - start
     if write and result.accepted and result.chosen is not None:
         card = loaded.card.model_copy(
-            update={"refiner": RefinerCard(name=result.chosen.name, options=result.chosen.options, gain=_gain(result))}
+            # The temperature was that of other scores.
+            update={
+                "refiner": RefinerCard(name=result.chosen.name, options=result.chosen.options, gain=_gain(result)),
+                "temperature": None,
+            }
         )
         save_bundle(path, loaded.model.state_dict(), card)
     return result
