@@ -64,10 +64,17 @@ class Atlas:
         else:
             heapq.heapreplace(self._heap, item)
 
+    def merge(self, other: "Atlas") -> None:
+        """Add the images of another atlas; of equal losses its own come first."""
+        moved = [(loss, number - self._seen, entry) for loss, number, entry in other._heap]
+        self._heap = heapq.nlargest(self.count, [*self._heap, *moved], key=lambda item: item[:2])
+        heapq.heapify(self._heap)
+        self._seen += other._seen
+
     @property
     def entries(self) -> list[Entry]:
         """The images kept, the largest loss first."""
-        return [entry for _, _, entry in sorted(self._heap, key=lambda item: (-item[0], -item[1]))]
+        return [entry for _, _, entry in sorted(self._heap, key=lambda item: item[:2], reverse=True)]
 
     def _drawn(self, seen: Seen) -> Entry:
         side, known = self.side, seen.known

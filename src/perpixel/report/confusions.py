@@ -77,6 +77,13 @@ class Confusions:
             if costs[truth, guess] > 0:
                 self._crop(seen, losses, truth, guess)
 
+    def merge(self, other: "Confusions") -> None:
+        """Add the counts and crops of another one with the same classes."""
+        self.costs += other.costs
+        self.pixels += other.pixels
+        for pair, crops in other._crops.items():
+            self._keep(pair, crops)
+
     def worst(self, count: int = 6) -> list[Confusion]:
         """The costliest confusions, costliest first."""
         costs = self.costs.copy()
@@ -94,13 +101,16 @@ class Confusions:
         regions, count = ndimage.label((seen.truth == truth) & (seen.guess == guess))
         weights = ndimage.sum_labels(losses, regions, np.arange(1, count + 1))
         best = int(np.argmax(weights))
-        held = self._crops.setdefault((truth, guess), [])
+        held = self._crops.get((truth, guess), [])
         if len(held) == PER_PAIR and weights[best] <= held[-1].weight:
             return
         rows, columns = ndimage.find_objects(regions)[best]
-        held.append(crop_of(seen, (rows.start, columns.start, rows.stop, columns.stop), float(weights[best]), self.colors))
-        held.sort(key=lambda crop: -crop.weight)
-        del held[PER_PAIR:]
+        crop = crop_of(seen, (rows.start, columns.start, rows.stop, columns.stop), float(weights[best]), self.colors)
+        self._keep((truth, guess), [crop])
+
+    def _keep(self, pair: tuple[int, int], crops: Sequence[Crop]) -> None:
+        both = [*self._crops.get(pair, []), *crops]
+        self._crops[pair] = sorted(both, key=lambda crop: -crop.weight)[:PER_PAIR]
         if len(self._crops) > PAIRS:
             del self._crops[min(self._crops, key=lambda pair: self._crops[pair][0].weight)]
 

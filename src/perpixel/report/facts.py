@@ -77,12 +77,13 @@ def commands(run: RunFiles, folder: Path, evaluated: Sequence[str]) -> list[tupl
 def facts(card: Card, run: RunFiles, bundle: Path, data: str, refined: str) -> list[tuple[str, str]]:
     """(term, value): model, data, training, machine and versions."""
     name = f"{card.model}, encoder {card.encoder}" if card.encoder else card.model
+    bands = "band" if card.bands == 1 else "bands"
     found = [
         ("Model", name),
         ("Bundle", str(bundle)),
         ("Scored on", data),
         ("Refinement", refined),
-        ("Images", f"{card.bands} {'band' if card.bands == 1 else 'bands'} of {card.dtype}; windows of {card.tile}, overlap {card.overlap}"),
+        ("Images", f"{card.bands} {bands} of {card.dtype}; windows of {card.tile}, overlap {card.overlap}"),
     ]
     if run.parts:
         found += _training(run)

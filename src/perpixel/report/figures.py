@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INK = "#010203"  # stands for the page's text colour, which is dark or light as the reader likes it
 BLUE, ORANGE = "#4c8dd6", "#d55e00"  # told apart by the colour-blind, and legible on white and on black
 NUMBERED = 14  # classes up to which each cell of the confusion matrix shows its number
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "perpixel",
     "text.parse_math": False,

@@ -81,18 +81,19 @@ def propose(
     colors: Sequence[tuple[int, int, int]],
     count: int = 12,
     side: int = 320,
+    limit: int = LIMIT,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[Proposal], list[str]]:
     """The images to label next of those named, and why some could not be read.
 
     Args:
-        names: of the images, at most `LIMIT` of which, evenly spread, are looked at.
+        names: of the images, at most `limit` of which, evenly spread, are looked at.
         read: number of an image -> it as read (C, H, W) and its logits (K, H, W); ValueError where it is damaged.
         colors: of the K classes.
 
     Only descriptors are kept; the images chosen are read once more to be drawn.
     """
-    todo = list(evenly(range(len(names)), LIMIT))
+    todo = list(evenly(range(len(names)), limit))
     looked, uncertain, known, damaged = list[int](), list[float](), list[np.ndarray](), list[str]()
     for done, index in enumerate(todo, 1):
         try:

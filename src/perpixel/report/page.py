@@ -4,7 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
@@ -68,17 +68,9 @@ class Content:
 
 
 def render_page(content: Content) -> str:
-    """One self-contained HTML file, below 20 MB whatever it shows.
+    """One self-contained HTML file, below 20 MB whatever it shows."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # loaded where a page is made: few commands make one
 
-    Raises:
-        ValueError: jinja2 or matplotlib is missing.
-    """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        import matplotlib  # noqa: F401 asked for here, so that the message is ours
-    except ImportError as error:
-        raise ValueError(f"a report needs {error.name}; install it: python -m pip install jinja2 matplotlib") from None
     loader = PackageLoader("perpixel.report", "templates")
     pages = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"uri": _uri, "percent": percent, "compact": lambda value: json.dumps(value, separators=(",", ":"))}
@@ -247,8 +239,6 @@ def _within(items: Sequence[Any], budget: int, sized: Any = lambda item: item) -
 
 def _pruned(confusions: Iterable[Confusion], budget: int) -> list[Confusion]:
     """The confusions, with crops as long as the budget lasts: first the best of each, so that none takes another's place."""
-    from dataclasses import replace
-
     found = list(confusions)
     kept: dict[int, int] = dict.fromkeys(range(len(found)), 0)
     used = 0

@@ -70,9 +70,16 @@ class Suspects:
         truth = seen.truth[known]
         self.pairs += np.bincount(truth * classes + seen.guess[known], minlength=classes**2).reshape(classes, classes)
         self.confidences += np.bincount(truth, seen.truth_probability[known], classes)
-        self._regions += sorted(self._candidates(seen), key=lambda region: -region.weight)[:PER_IMAGE]
-        if len(self._regions) > 2 * KEPT:
-            self._regions = sorted(self._regions, key=lambda region: -region.weight)[:KEPT]
+        self._keep(self._candidates(seen))
+
+    def merge(self, other: "Suspects") -> None:
+        """Add what another one with the same classes has seen."""
+        self.pairs += other.pairs
+        self.confidences += other.confidences
+        self._keep(other._regions)
+
+    def _keep(self, regions: Sequence[_Region]) -> None:
+        self._regions = sorted([*self._regions, *regions], key=lambda region: -region.weight)[:KEPT]
 
     @property
     def thresholds(self) -> np.ndarray:

@@ -73,9 +73,8 @@ def cut(array: np.ndarray, box: Box) -> np.ndarray:
 
 def shrunk(labels: np.ndarray, side: int) -> np.ndarray:
     """Labels (H, W) at thumbnail size, each pixel that nearest to its centre."""
-    rows, columns = (
-        ((np.arange(small) + 0.5) * whole / small).astype(int) for small, whole in zip(_fitted(labels.shape, side), labels.shape, strict=True)
-    )
+    sides = zip(_fitted(labels.shape, side), labels.shape, strict=True)
+    rows, columns = (((np.arange(small) + 0.5) * whole / small).astype(int) for small, whole in sides)
     return labels[rows[:, None], columns]
 
 
