@@ -30,7 +30,7 @@ class Suspect:
         pixels: of the region without its edge.
         confidence: mean probability of `guess` in it.
         margin: mean of the probability of `guess` minus that of `truth`.
-        rarity: 1 minus the share of the pixels predicted as `guess`, over the set, that are labelled `truth`.
+        rarity: 1 / (1 + ln(N / pixels)), with N pixels of `truth` taken for `guess` over the set; 1 where all of them are these.
         score: margin x rarity x square root of the region's share of the image; what suspects are ranked by.
     """
 
@@ -90,11 +90,10 @@ class Suspects:
     def ranked(self, count: int = 24) -> list[Suspect]:
         """The most suspect regions of what has been seen so far, the most suspect first."""
         thresholds = self.thresholds
-        rarity = 1 - self.pairs / np.maximum(self.pairs.sum(0), 1)
         found = [
             Suspect(r.truth, r.guess, r.pixels, r.confidence, r.margin, odd, r.weight * odd, r.crop)
             for r in self._regions
-            for odd in [float(rarity[r.truth, r.guess])]
+            for odd in [1 / (1 + math.log(self.pairs[r.truth, r.guess] / r.pixels))]
             if r.confidence >= thresholds[r.guess]
         ]
         return sorted(found, key=lambda suspect: -suspect.score)[:count]
