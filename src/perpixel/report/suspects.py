@@ -94,7 +94,7 @@ class Suspects:
             Suspect(r.truth, r.guess, r.pixels, r.confidence, r.margin, odd, r.weight * odd, r.crop)
             for r in self._regions
             for odd in [1 / (1 + math.log(self.pairs[r.truth, r.guess] / r.pixels))]
-            if r.confidence >= thresholds[r.guess]
+            if r.confidence >= thresholds[r.guess] - 1e-6  # both are sums of float32, rounded
         ]
         return sorted(found, key=lambda suspect: -suspect.score)[:count]
 
