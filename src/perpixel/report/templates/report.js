@@ -120,7 +120,7 @@
       const [red, green, blue, alpha] = context.getImageData(Math.floor(x * context.canvas.width), Math.floor(y * context.canvas.height), 1, 1).data;
       return alpha ? names[`${red},${green},${blue}`] ?? "?" : "not labelled";
     });
-    find("#below").textContent = `truth: ${known}   prediction: ${found}`;
+    find("#below").textContent = `truth: ${known}\u2003prediction: ${found}`;
   }
 
   document.addEventListener("click", (event) => {
