@@ -130,21 +130,6 @@ def speed() -> str:
 
 
 if __name__ == "__main__":
-    text = "\n".join(
-        [
-            HEAD,
-            "## What the commands reach",
-            "",
-            accuracy(),
-            "",
-            "## IoU by class",
-            "",
-            classes(),
-            "",
-            upper_bounds(),
-            refinement(),
-            dense_crf(),
-            speed(),
-        ]
-    )
-    (HERE.parent / "docs" / "results.md").write_text(text)
+    parts = ["## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""]
+    parts += [upper_bounds(), refinement(), dense_crf(), speed()]
+    (HERE.parent / "docs" / "results.md").write_text("\n".join([HEAD, *parts]))

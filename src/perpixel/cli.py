@@ -177,7 +177,7 @@ def predict(
             samples=samples,
             progress=progress,
         )
-    console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
+    console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     if result.damaged:
@@ -212,12 +212,16 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or files written by `perpixel evaluate --json-out`.")],
     absent: Absent = "union",
     json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write it here as a page.")] = None,
 ) -> None:
     """Compare runs with the first, image by image: differences with 95 % intervals, and whether they are real."""
     from perpixel.compare import compare as run
     from perpixel.compare import render
+    from perpixel.compare_page import write_page
 
     result = run(runs, absent)
+    if html is not None:
+        write_page(result, html)
     if json:
         _print_json([pairing.to_json() for pairing in result])
     else:
@@ -247,20 +251,23 @@ def calibrate(
 
 @app.command()
 def refine(
-    image: Annotated[Path, typer.Argument(help="The image that the scores belong to.")],
-    scores: Annotated[Path, typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K).")],
+    image: Annotated[Path, typer.Argument(help="The image that the scores belong to, or a folder of images.")],
+    scores: Annotated[
+        Path,
+        typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K); or a folder, by names."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label image.")] = Path("refined"),
     refiner: Annotated[str, typer.Option(help="dense_crf, grid_mrf or gaussian_crf.")] = "dense_crf",
     set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the refiner: iterations=5", show_default=False)] = None,
     kind: Annotated[str, typer.Option(help="What the scores are: probabilities, logits, or auto.")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (K, H, W).")] = False,
 ) -> None:
-    """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices."""
+    """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices. Options: docs/api.md."""
     from perpixel.recipe import parse_settings
     from perpixel.refine import refine_files
 
-    target = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
-    Console().print(f"labels in [bold]{escape(str(target))}[/]")
+    written = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
+    Console().print(f"{len(written)} label image{'s' * (len(written) != 1)} in [bold]{escape(str(out))}[/]")
 
 
 @app.command()

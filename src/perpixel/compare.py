@@ -57,6 +57,7 @@ class Pairing:
     Attributes:
         differences: score -> this run's minus the first's, with its interval; "iou" is that of each class, (K,). A lower "cost" is better.
         values: score -> of the first and of this run.
+        iou: of each class, (K,) of the first and of this run.
         wins: image -> difference of its own mIoU, where the two are not equal.
     """
 
@@ -67,6 +68,7 @@ class Pairing:
     absent: str
     differences: dict[str, Interval]
     values: dict[str, tuple[float, float]]
+    iou: tuple[np.ndarray, np.ndarray]
     wins: dict[str, float]
     notes: list[str]
 
@@ -85,7 +87,9 @@ class Pairing:
     def to_json(self) -> dict[str, Any]:
         """Plain types; None where there is no number."""
         iou = self.differences["iou"]
-        rows = zip(self.classes, *(np.asarray(part) for part in (iou.value, iou.low, iou.high)), strict=True)
+        columns = (*self.iou, *(np.asarray(part) for part in (iou.value, iou.low, iou.high)))
+        keys = ("name", "first", "second", "difference", "low", "high")
+        rows = [(name, *map(plain, row)) for name, *row in zip(self.classes, *columns, strict=True)]
         won = sorted(self.wins, key=lambda name: -self.wins[name])
         return {
             "first": self.first,
@@ -103,9 +107,7 @@ class Pairing:
                 for name, found in self.differences.items()
                 if name != "iou"
             },
-            "classes": [
-                {"name": name, "iou_difference": plain(value), "low": plain(low), "high": plain(high)} for name, value, low, high in rows
-            ],
+            "classes": [dict(zip(keys, row, strict=True)) for row in rows],  # IoU
             "won_by_second": {name: self.wins[name] for name in won if self.wins[name] > 0},
             "won_by_first": {name: -self.wins[name] for name in reversed(won) if self.wins[name] < 0},
             "verdict": self.verdict,
@@ -172,9 +174,10 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
             values[name] = (float(score(tables[0].sum(0))), float(score(tables[1].sum(0))))
     if "cost" not in differences:
         notes.append("the cost is not compared: the scores of some images overflowed")
+    iou = (tallies.iou(one.region.sum(0)), tallies.iou(two.region.sum(0)))
     own = tallies.miou(two.region, absent) - tallies.miou(one.region, absent)
     wins = {name: float(gain) for name, gain in zip(one.images, own, strict=True) if gain and np.isfinite(gain)}
-    return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, wins, notes)
+    return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, iou, wins, notes)
 
 
 def _measures(
@@ -270,7 +273,7 @@ def _score_table(content: Mapping[str, Any]) -> Table:
 def _class_table(content: Mapping[str, Any]) -> Table:
     table = Table("class", "IoU: difference", "95 %", "real")
     for row in content["classes"]:
-        values = [None if row[key] is None else 100 * row[key] for key in ("iou_difference", "low", "high")]
+        values = [None if row[key] is None else 100 * row[key] for key in ("difference", "low", "high")]
         real = values[1] is not None and values[2] is not None and (values[1] > 0 or values[2] < 0)
         table.add_row(escape(row["name"]), *_signed(values, 2), "yes" if real else "")
     return _right(table)

@@ -1,0 +1,118 @@
+"""A comparison as one HTML page that needs no network."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perpixel import __version__
+from perpixel.data.writing import replacing
+
+if TYPE_CHECKING:
+    from perpixel.compare import Pairing
+
+WIDTH, HEIGHT = 260, 18  # of the drawing of an interval, in CSS pixels
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>perpixel compare</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1c20; --soft: #5b616b; --paper: #fff; --line: #d9dce1; --up: #0b62b0; --down: #b04a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaed; --soft: #a3aab5; --paper: #14161a; --line: #363b43; --up: #7db7f5; --down: #ff9d5c; }
+}
+body { margin: 0 auto; max-width: 1000px; padding: 1rem; background: var(--paper); color: var(--ink); }
+body { font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
+.soft { color: var(--soft); font-size: .86rem; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+td svg { display: block; } .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
+.up { stroke: var(--up); fill: var(--up); } .down { stroke: var(--down); fill: var(--down); }
+.open { stroke: var(--soft); fill: var(--soft); }
+li { overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>Runs side by side</h1>
+{% for pair in pairs %}
+<h2>{{ pair.verdict }}</h2>
+{% for note in pair.notes %}<p class="soft">{{ note }}</p>{% endfor %}
+{% for table in pair.tables %}
+<div class="scroll"><table>
+<tr><th>{{ table.title }}</th><th>first</th><th>second</th><th>difference</th><th>95 %</th>
+<th style="text-align: center"><span class="soft">worse | better</span></th></tr>
+{% for row in table.rows %}
+<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.second }}</td><td>{{ row.difference }}</td><td>{{ row.between }}</td>
+<td>{% if row.drawn %}<svg width="{{ width }}" height="{{ height }}" role="img" aria-label="{{ row.between }}">
+<line class="zero" x1="{{ width / 2 }}" x2="{{ width / 2 }}" y1="0" y2="{{ height }}"/>
+<line class="{{ row.side }}" x1="{{ row.drawn[0] }}" x2="{{ row.drawn[2] }}" y1="{{ height / 2 }}" y2="{{ height / 2 }}" stroke-width="3"/>
+<circle class="{{ row.side }}" cx="{{ row.drawn[1] }}" cy="{{ height / 2 }}" r="4"/></svg>{% endif %}</td></tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+{% for who, won in pair.won %}
+<details><summary>{{ who }} is better on {{ won | length }} of {{ pair.images }} images</summary>
+<ol>{% for name, gain in won %}<li>{{ gain }} points: {{ name }}</li>{% endfor %}</ol></details>
+{% endfor %}
+<p class="soft">{{ pair.absent_rule }} Of twenty classes that do not differ, one interval will leave zero out by chance.</p>
+{% endfor %}
+<p class="soft">Differences are the second run's minus the first's; 95 % intervals from 1,000 bootstrap resamples of the images, the same
+for both runs. Points are hundredths; cost is in nats, and less of it is better. Blue: the whole interval is better; orange: worse; grey:
+it holds zero. perpixel {{ version }}</p>
+</body>
+</html>
+"""
+
+
+def write_page(pairings: "Sequence[Pairing]", path: Path) -> None:
+    """Writes the page, whole or not at all."""
+    from jinja2 import Environment  # loaded here: only who wants a page waits for it
+
+    template = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    pairs = [_content(pairing.to_json()) for pairing in pairings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(template.render(pairs=pairs, width=WIDTH, height=HEIGHT, version=__version__), "utf-8")
+
+
+def _content(told: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"miou": "mIoU", "bf": "BF", "fwiou": "frequency-weighted IoU", "mean_dice": "mean Dice"}
+    scores = [(names.get(name, name.replace("_", " ")), row) for name, row in told["scores"].items() if name != "cost"]
+    classes = [(row["name"], row) for row in told["classes"]]
+    tables = [{"title": "score", "rows": _rows(scores)}, {"title": "IoU of class", "rows": _rows(classes)}]
+    if "cost" in told["scores"]:
+        tables.insert(1, {"title": "loss", "rows": _rows([("cost", told["scores"]["cost"])], unit=1, digits=4, better=-1)})
+    sides = ((told["second"], told["won_by_second"]), (told["first"], told["won_by_first"]))
+    won = [(who, [(name, f"{100 * gain:.1f}") for name, gain in images.items()]) for who, images in sides]
+    return {**told, "tables": tables, "won": won}
+
+
+def _rows(named: Sequence[tuple[str, Mapping[str, Any]]], unit: int = 100, digits: int = 2, better: int = 1) -> list[dict[str, Any]]:
+    """Rows as text, and where their intervals lie in a drawing that all of a table share, better to the right."""
+    bounds = [abs(row[key]) for _, row in named for key in ("low", "difference", "high") if row[key] is not None]
+    scale = (WIDTH / 2 - 6) / max([*bounds, 1e-9])
+
+    def text(value: float | None, sign: str = "") -> str:
+        return "-" if value is None else f"{unit * value:{sign}.{digits}f}"
+
+    rows = []
+    for name, row in named:
+        ends = [row[key] for key in ("low", "difference", "high")]
+        known = None not in ends
+        gain = [better * end for end in (ends if better > 0 else ends[::-1])] if known else []
+        rows.append(
+            {
+                "name": name,
+                "first": text(row["first"]),
+                "second": text(row["second"]),
+                "difference": text(row["difference"], "+"),
+                "between": f"{text(row['low'], '+')} to {text(row['high'], '+')}" if known else "-",
+                "drawn": [round(WIDTH / 2 + scale * end, 1) for end in gain],
+                "side": "open" if not known or gain[0] <= 0 <= gain[2] else "up" if gain[0] > 0 else "down",
+            }
+        )
+    return rows

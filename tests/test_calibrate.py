@@ -1,0 +1,145 @@
+"""Temperature: found again where it is known, written only where it helps, and applied to probabilities alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perpixel.bundle import RefinerCard, TemperatureCard, load_bundle, save_bundle
+from perpixel.calibrate import PixelSample, calibrate, fitted
+from perpixel.predict import load
+from perpixel.scores import Scored
+
+
+def scored(number, sharpness=3.0, classes=4, size=(40, 40)) -> Scored:
+    """Labels drawn from softmax(scores), and logits that are `sharpness` times those scores: the temperature is `sharpness`."""
+    random = torch.Generator().manual_seed(number)
+    scores = torch.randn(classes, *size, generator=random)
+    labels = torch.multinomial(scores.flatten(1).softmax(0).T, 1, generator=random)[:, 0].view(size)
+    return Scored(f"{number}", Path(f"{number}.png"), torch.zeros(1, *size), labels, sharpness * scores, 0.0, 255)
+
+
+def sampled(images, **options) -> PixelSample:
+    sample = PixelSample(**options)
+    for image in images:
+        sample(image)
+    return sample
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty images with masks that have nothing to do with them: no probability but the classes' shares is right."""
+    random = np.random.default_rng(0)
+    for kind, top in (("images", 256), ("masks", 3)):
+        (tmp_path / kind).mkdir()
+        for number in range(20):
+            Image.fromarray(random.integers(0, top, (24, 24), dtype=np.uint8)).save(tmp_path / kind / f"{number:02d}.png")
+    return tmp_path
+
+
+def test_the_temperature_that_made_the_labels_is_found_again():
+    """To 3 %: 20,000 pixels are drawn from the labels' own distribution."""
+    found = fitted(sampled(scored(number) for number in range(20)))
+    assert found.temperature == pytest.approx(3, rel=0.03)
+    assert found.accepted
+    assert found.ece_after < 0.02 < found.ece_before
+    assert found.cost_after < found.cost_before
+    assert found.brier_after < found.brier_before
+
+
+def test_a_temperature_that_does_not_carry_over_is_not_accepted():
+    """Every other image asks for the opposite, so what is fitted on one half harms the other."""
+    found = fitted(sampled(scored(number, sharpness=4.0 if number % 2 else 0.5) for number in range(6)))
+    assert not found.accepted
+    assert found.card is None
+    assert fitted(sampled([scored(0)])).card is None
+
+
+def test_a_sample_is_the_same_in_any_order_and_however_it_was_shared():
+    images = [scored(number) for number in range(6)]
+    options = {"pixels": 500, "scores": 4 * 6 * 200}
+    whole, turned = sampled(images, **options), sampled(images[::-1], **options)
+    first, second = sampled(images[:2], **options), sampled(images[2:], **options)
+    first.merge(second)
+    for other in (turned, first):
+        assert other.images.keys() == whole.images.keys()
+        for name, (scores, labels) in whole.images.items():
+            assert torch.equal(scores, other.images[name][0])
+            assert torch.equal(labels, other.images[name][1])
+
+
+def test_many_images_keep_fewer_pixels_each_and_no_more_memory():
+    sample = sampled((scored(number, size=(8, 8)) for number in range(70)), pixels=64, scores=4 * 1000)
+    assert {len(labels) for _, labels in sample.images.values()} == {sample.pixels}
+    assert sum(scores.numel() for scores, _ in sample.images.values()) <= 4000
+    assert sample.pixels == 8  # 64, 32, 16: 70 * 16 * 4 is above 4000
+    assert all(scores.untyped_storage().nbytes() == 4 * 4 * 8 for scores, _ in sample.images.values())
+
+
+def test_void_and_scores_that_overflowed_are_not_sampled():
+    image = scored(0)
+    half = image.labels.clone()
+    half[:20] = 255
+    sample = sampled([
+        Scored("half", Path("h"), image.image, half, image.logits, 0.0, 255),
+        Scored("void", Path("v"), image.image, torch.full_like(half, 255), image.logits, 0.0, 255),
+        Scored("exploded", Path("e"), image.image, image.labels, image.logits * torch.inf, 0.0, 255),
+    ])  # fmt: skip
+    ((_, labels),) = sample.images.values()
+    assert (labels != 255).all()
+
+
+def test_calibrating_changes_probabilities_as_stated_and_no_label(make_bundle, folder):
+    path = make_bundle(bands=1)
+    before = load(path)
+    found = calibrate(path, folder / "images", folder / "masks")
+    after = load(path)
+    assert found.accepted
+    assert after.temperature == found.temperature == after.bundle.card.temperature.value != 1
+    assert after.bundle.card.temperature.images == found.images == 4  # a fifth of the set is its validation part
+    image = folder / "images" / "00.png"
+    expected = (before.logits(image) / found.temperature).softmax(0)
+    torch.testing.assert_close(torch.from_numpy(after.probabilities(image)), expected)
+    assert np.array_equal(before.predict(image), after.predict(image))
+
+
+def test_a_dry_run_leaves_the_bundle_as_it_is(make_bundle, folder):
+    path = make_bundle(bands=1)
+    bytes_before = path.read_bytes()
+    assert calibrate(path, folder / "images", folder / "masks", write=False).accepted
+    assert path.read_bytes() == bytes_before
+
+
+def test_the_command_says_what_was_found_and_refuses_one_image(make_bundle, folder, command):
+    path = make_bundle(bands=1)
+    said = command("calibrate", path, folder / "images", folder / "masks")
+    assert said.code == 0
+    assert "the network was too sure of itself" in said.out
+    said = command("evaluate", path, folder / "images", folder / "masks", "--scores", "calibration")
+    assert "with the bundle's temperature" in said.out
+    for file in sorted((folder / "masks").iterdir())[1:]:
+        file.write_bytes(b"")
+    said = command("calibrate", path, folder / "images", folder / "masks", "--split", "train")
+    assert said.code == 2
+
+
+def test_a_temperature_holds_only_for_scores_refined_as_those_it_was_fitted_on(make_bundle):
+    path = make_bundle()
+    bundle = load_bundle(path)
+    bundle.card.temperature = TemperatureCard(value=2.0)
+    save_bundle(path, bundle.model.state_dict(), bundle.card)
+    assert [load_bundle(path).temperature(choice) for choice in ("bundle", "none", "dense_crf")] == [2, 2, 1]
+    bundle.card.refiner = RefinerCard(name="dense_crf")
+    save_bundle(path, bundle.model.state_dict(), bundle.card)
+    assert [load_bundle(path).temperature(choice) for choice in ("bundle", "none", "dense_crf")] == [2, 1, 1]
+
+
+def test_a_run_ends_with_a_calibrated_bundle_and_all_scores_in_its_evaluation(run):
+    told = json.loads((run / "evaluation.json").read_text())
+    card = load_bundle(run / "best.safetensors").card
+    assert told["calibration"]["temperature"] == (1.0 if card.temperature is None else card.temperature.value)
+    assert {"cost_shares", "boundary", "calibration", "intervals", "per_image"} <= told.keys()
+    assert len(told["per_image"]["names"]) == told["images"]
