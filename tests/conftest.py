@@ -1,6 +1,7 @@
 """Shared by all tests: the marker for real data, a small data set, a run on it."""
 
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,21 +29,27 @@ TINY = (
     "train.batch=4",
     "train.precision=32-true",
     "train.validations=2",
+    "train.report=false",
 )
 
 
+CHROMIUM = shutil.which("chromium")
+
+
 def pytest_collection_modifyitems(config, items):
-    if (SHARED / "data").is_dir():
-        return
-    away = [item for item in items if item.get_closest_marker("shared_data")]
+    absent = [marker for marker, there in (("shared_data", (SHARED / "data").is_dir()), ("chromium", CHROMIUM)) if not there]
+    away = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     if away:
         config.hook.pytest_deselected(items=away)
-        items[:] = [item for item in items if not item.get_closest_marker("shared_data")]
+        items[:] = [item for item in items if item not in away]
 
 
 def pytest_report_header():
     where = SHARED / "data"
-    return f"real data: {where}" if where.is_dir() else f"real data: none at {where}, so the tests marked shared_data are deselected"
+    return [
+        f"real data: {where}" if where.is_dir() else f"real data: none at {where}, so the tests marked shared_data are deselected",
+        f"browser: {CHROMIUM}" if CHROMIUM else "browser: no chromium on the path, so the tests marked chromium are deselected",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -111,17 +111,23 @@ def evaluate(
     json_out: Annotated[
         Path | None, typer.Option("--json-out", help="Also write it all here, with the counts that `perpixel compare` reads.")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a report here: one HTML file to look at and pass on.")] = None,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="In the report: which of these images to label next. Default: those of IMAGES without a mask.")
+    ] = None,
 ) -> None:
     """Score a bundle on images with masks: per set and per image, with 95 % intervals, and the loss of each image."""
-    from perpixel.evaluate import evaluate as run
     from perpixel.evaluate import render
+    from perpixel.report.make import evaluate_and_report
     from perpixel.scores import parse_groups
 
     with _live(json, "scoring") as progress:
-        result = run(
+        result = evaluate_and_report(
             bundle,
             images,
             masks,
+            report=report,
+            unlabelled=unlabelled,
             split=split,
             labels=_labels(label),
             refine=refine,
@@ -136,6 +142,8 @@ def evaluate(
         _print_json(result.to_json())
     else:
         render(result, Console())
+        if report is not None:
+            Console().print(f"report: [bold]{escape(str(report))}[/]", soft_wrap=True)
     if result.damaged:
         raise typer.Exit(2)
 
@@ -320,6 +328,8 @@ def _summarise(outcome: "Outcome", console: Console) -> None:
     )
     if outcome.step < FEW_STEPS:
         console.print(f"[yellow]warning:[/] {outcome.step} steps teach a network next to nothing; give more --minutes or --steps")
+    if outcome.recipe.train.report:
+        console.print(f"[bold]{out}/report.html[/]  scores, worst images, suspected label errors: open it in a browser", soft_wrap=True)
     console.print(f"[bold]{out}/best.safetensors[/]  next: perpixel predict {out}/best.safetensors YOUR-IMAGES -o labels --overlay")
 
 

@@ -45,6 +45,7 @@ def demo(out: Path, minutes: float, console: Console) -> Evaluation:
         ("the plan", run / "recipe.yaml"),
         ("learning curves", run / "metrics.csv"),
         ("image | truth | prediction", run / "validation"),
+        ("the report, for a browser", run / "report.html"),
         ("label images", labels),
         ("labels over images", labels / "overlays"),
     ):

@@ -124,6 +124,7 @@ class TrainSection(Section):
     workers: int = Field(0, ge=0)
     cache: bool = True
     seed: int = Field(0, ge=0)
+    report: bool = True  # report.html at the end
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:

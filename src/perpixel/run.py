@@ -36,8 +36,11 @@ from perpixel.models.model import SegmentationModel
 from perpixel.optimisation import Average, freeze, make_optimizer
 from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe
+from perpixel.report.findings import Findings
+from perpixel.report.make import unlabelled_images, write_report
 from perpixel.scores import DEFAULT_GROUPS, Scores
 
+UNLABELLED = 100  # images without masks looked at for the report: a run's time is for training
 PICTURES = 6  # validation images drawn with each best bundle
 STATE_FORMAT = 3  # of resume.safetensors
 
@@ -245,15 +248,24 @@ class Run:
         return time.monotonic() - start
 
     def conclude(self, log: TrainingLog) -> None:
-        """All scores of best.safetensors on the validation part, into evaluation.json; validations during training have those of region."""
+        """All scores of best.safetensors on the validation part, into evaluation.json, and report.html.
+
+        Validations during training have those of region.
+        """
         self.fabric.barrier()  # until the first process has written it
         best = load_bundle(self.out / "best.safetensors", self.fabric.device)
         scores = Scores(DEFAULT_GROUPS, best.card.classes, best.temperature())
-        result = self._scored_share(best.model, log, [scores])
-        result.scores = _merged(self.fabric, scores)
+        findings = Findings(best.card.colors)
+        result = self._scored_share(best.model, log, [scores, findings] if self.section.report else [scores])
+        result.scores, findings = _merged(self.fabric, scores), _merged(self.fabric, findings)
         self.place.scores = result.to_json()
         if self.fabric.is_global_zero:
             result.to_file(self.out / "evaluation.json")
+            if self.section.report:
+                images, masks = self.recipe.data.images, self.recipe.data.masks
+                pool = unlabelled_images(images, masks)
+                path, bundle = self.out / "report.html", self.out / "best.safetensors"
+                write_report(path, bundle, best, result, findings, images, masks, pool, split="val", limit=UNLABELLED)
 
     def _scored_share(
         self, model: SegmentationModel, log: TrainingLog, observers: Sequence[Observer], keep: Callable[[int, Tensor], None] | None = None
