@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perpixel.models.encoders import DilationError, EncoderWeights, TimmEncoder, timm_encoder
-from perpixel.models.layers import initialise, resize_logits
+from perpixel.models.layers import ImageMean, initialise, resize_logits
 from perpixel.models.model import Features
 from perpixel.models.torchvision_trunks import TorchvisionTrunk, any_encoder
 
@@ -94,6 +94,7 @@ class AtrousPyramid(nn.Module):
         separable: bool = False,
     ) -> None:
         super().__init__()
+        self.mean = ImageMean()
         self.context = normalised(nn.Conv2d(channels_in, width, 1, bias=False), momentum, ContextNorm) if image_pooling else None
         rated = [
             separable_convolution(channels_in, width, rate) if separable else atrous_convolution(channels_in, width, 3, rate, bias=False)
@@ -110,7 +111,7 @@ class AtrousPyramid(nn.Module):
         maps = [branch(x) for branch in self.branches]
         if self.context is not None:
             # Added to zeros in place of a mere expand: the sum keeps the memory format of the maps, and cat with it.
-            maps.insert(0, torch.zeros_like(maps[0]) + self.context(x.mean((2, 3), keepdim=True)))
+            maps.insert(0, torch.zeros_like(maps[0]) + self.context(self.mean(x)))
         return self.drop(self.project(torch.cat(maps, dim=1)))
 
 
