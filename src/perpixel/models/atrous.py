@@ -50,12 +50,17 @@ def separable_convolution(channels_in: int, channels_out: int, rate: int = 1) ->
     return nn.Sequential(single, nn.Conv2d(channels_in, channels_out, 1, bias=False))
 
 
-def zoom(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer."""
+def zoom(x: Tensor, size: tuple[int, int], precise: bool = False) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer.
+
+    `precise`: in float64. PyTorch computes the place of a pixel in the precision of its value; at factors other than powers of two
+    float32 misses by what grows with the distance from the corner, so that a part of an image would not get what the whole gets.
+    """
     if x.shape[-2:] == size:
         return x
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    own = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(torch.float64 if precise else own)
+    return functional.interpolate(wide, size=size, mode="bilinear", align_corners=True).to(own)
 
 
 class ContextNorm(nn.BatchNorm2d):
