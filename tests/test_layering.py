@@ -28,11 +28,12 @@ ARROWS = {
     "refine": {"data", "refinement"},
     "tune": {"bundle", "data", "metrics", "refinement", "tiling"},
     "predict": {"bundle", "data", "models", "tiling"},
+    "certify": {"bundle", "data", "models", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
-    "cli": {"check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
+    "cli": {"certify", "check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
 }
 
 

@@ -191,6 +191,26 @@ def refine(
 
 
 @app.command()
+def certify(
+    bundle: Bundle,
+    image: Annotated[Path | None, typer.Argument(help="An image file; left out: noise of an odd size.")] = None,
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the parts in pixels.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Compare a prediction by parts with that of the whole image. Exit code 0 where they are the same, 2 where they can't be or aren't."""
+    from perpixel.certify import certify as run
+    from perpixel.certify import render
+
+    certificate = run(bundle, image, tile)
+    if json:
+        _print_json(certificate.to_json())
+    else:
+        render(certificate, Console())
+    if not certificate.exact:
+        raise typer.Exit(2)
+
+
+@app.command()
 def models(json: Json = False) -> None:
     """List what can be built: paper, parameters, output stride, receptive field, margin."""
     from perpixel.models.table import render, to_json
