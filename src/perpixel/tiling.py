@@ -1,12 +1,17 @@
 """Cut and stitch, exactly. Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from perpixel.models.model import InputGeometry, SegmentationModel
+
+Read = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) inside the image -> (C, height, width) float, normalised
+Overlap = int | Literal["exact"]
 
 
 def mirror_pad(image: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -30,7 +35,12 @@ def mirror_pad(image: Tensor, top: int, bottom: int, left: int, right: int) -> T
     if min(top, bottom, left, right) < 0:
         raise ValueError(f"pads are {top}, {bottom}, {left}, {right} (top, bottom, left, right); none may be negative")
     height, width = image.shape[-2:]
-    return _window(image, -top, -left, top + height + bottom, left + width + right)
+    return _window(reader(image), (height, width), -top, -left, top + height + bottom, left + width + right)
+
+
+def reader(image: Tensor) -> Read:
+    """An image that is in memory, (..., H, W), as `Tiler` reads it."""
+    return lambda top, left, height, width: image[..., top : top + height, left : left + width]
 
 
 def predict_whole(model: SegmentationModel, image: Tensor) -> Tensor:
@@ -47,61 +57,142 @@ def predict_whole(model: SegmentationModel, image: Tensor) -> Tensor:
         ValueError: if `image` is not three-dimensional or not float.
     """
     height, width = _check(image)
-    sides = [_labelled(model.geometry, side) for side in (height, width)]
-    logits = _predict_windows(model, image, [(0, 0)], sides[0], sides[1])[0, :, :height, :width]
-    return logits.to(image.dtype, copy=True, memory_format=torch.contiguous_format)
+    return Tiler(model, max(height, width), 0).block(reader(image), (height, width), 0, 0, height, width)
 
 
-def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: int, batch: int = 1) -> Tensor:
-    """Logits of a whole image, predicted tile by tile.
-
-    Windows start at multiples of the model's geometry, so that its pooling sees the same phase in each of them. A model with a
-    margin therefore gives exactly what one pass over the whole image gives. A model without one pads inside, and sees less near
-    the border of a window: there neighbouring windows are blended by weights that fall towards the border.
+def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: Overlap, batch: int = 1) -> Tensor:
+    """Logits of a whole image, predicted tile by tile; see `Tiler`.
 
     Args:
         model: in eval mode, on the device of `image`.
         image: (C, H, W) float, normalised as in training; any size from 1x1.
-        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide.
-        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile.
-        batch: windows that run through the model at a time.
+        tile, overlap, batch: as for `Tiler`.
 
     Returns:
         (K, H, W) logits, dtype and device of the image; K classes.
 
     Raises:
-        ValueError: if `image` is not three-dimensional or not float, or `tile`, `overlap` or `batch` is out of range.
+        ValueError: if `image` is not three-dimensional or not float, and as `Tiler`.
 
     Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2.
     """
     height, width = _check(image)
-    if not 0 <= overlap < tile:
-        raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
-    # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
-    cell = model.geometry.cell or model.geometry.multiple
-    wanted = max(tile, overlap + cell)
-    window_height, window_width = (_labelled(model.geometry, min(wanted, side)) for side in (height, width))
-    tops = _origins(height, window_height, overlap, cell)
-    lefts = _origins(width, window_width, overlap, cell)
-    if len(tops) == len(lefts) == 1:
-        return predict_whole(model, image)
-    ramps = [_ramp(side, overlap).to(image) for side in (window_height, window_width)]
-    weight = ramps[0][:, None] * ramps[1]
-    total = image.new_zeros(model.classes, height, width)
-    corners = list(product(tops, lefts))
-    for first in range(0, len(corners), batch):
-        some = corners[first : first + batch]
-        logits = _predict_windows(model, image, some, window_height, window_width)
-        for (top, left), part in zip(some, logits, strict=True):
-            inside = total[:, top : top + window_height, left : left + window_width]
-            shown = (slice(inside.shape[1]), slice(inside.shape[2]))
-            inside.addcmul_(part[(slice(None), *shown)].to(total.dtype), weight[shown])
-    # The weights of all windows at a pixel are the product of their sums along each axis.
-    total /= _cover(tops, ramps[0], height)[:, None]
-    total /= _cover(lefts, ramps[1], width)
-    return total
+    read = reader(image)
+    return Tiler(model, tile, overlap, batch).prepared(read, (height, width)).block(read, (height, width), 0, 0, height, width)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Along one axis: a window labels `size` pixels from `start` on, of which those from `first` to before `last` are used."""
+
+    start: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """All windows along one axis of an image."""
+
+    cuts: list[_Cut]
+    window: int  # pixels that each of them labels
+    overlap: int  # over which neighbours are blended
+
+    def touching(self, first: int, last: int) -> list[_Cut]:
+        return [cut for cut in self.cuts if cut.first < last and cut.last > first]
+
+
+class Tiler:
+    """Predicts any part of an image of any size by windows; the lattice of windows is the image's, whatever part is asked for.
+
+    Windows start at multiples of the model's cell, so that its pooling sees the same phase in each of them. A model with a margin
+    therefore gives exactly what one pass over the whole image gives. A model without one pads inside, and sees less near the border of a
+    window: there neighbouring windows are blended by weights that fall towards the border.
+
+    Args:
+        model: in eval mode.
+        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide.
+        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile.
+        batch: windows that run through the model at a time; may be set anew between blocks.
+
+    Attributes:
+        window: side of the windows that the model sees in a large image, in pixels.
+
+    Raises:
+        ValueError: if `overlap` or `batch` is out of range.
+
+    Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2.
+    """
+
+    def __init__(self, model: SegmentationModel, tile: int, overlap: Overlap, batch: int = 1) -> None:
+        if overlap == "exact":
+            raise ValueError("overlap 'exact' is not there yet")
+        if not 0 <= overlap < tile:
+            raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
+        self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
+        self.cell = model.geometry.cell or model.geometry.multiple
+
+    @property
+    def window(self) -> int:
+        return _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell)) + 2 * self.model.geometry.margin
+
+    def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
+        """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
+
+        Args:
+            read: see `Read`.
+            size: (height, width) of the image in pixels.
+        """
+        return self
+
+    def block(self, read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+        """(K, height, width) logits of that part of an image of `size` pixels, in the dtype and on the device of what `read` gives.
+
+        Beyond the image's border its windows see it mirrored. What `read` is asked for lies inside.
+
+        Raises:
+            ValueError: if the part does not lie in the image.
+        """
+        if not (0 <= top < top + height <= size[0] and 0 <= left < left + width <= size[1]):
+            raise ValueError(f"a block of {height}x{width} pixels at {top}, {left} does not lie in an image of {size[0]}x{size[1]}")
+        rows, columns = (self._lattice(side) for side in size)
+        cuts = list(product(rows.touching(top, top + height), columns.touching(left, left + width)))
+        blended = len(rows.cuts) * len(columns.cuts) > 1
+        total, weight = torch.empty(0), torch.empty(0)
+        for number in range(0, len(cuts), self.batch):
+            some = cuts[number : number + self.batch]
+            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
+            if number == 0:
+                total = windows.new_zeros(self.model.classes, height, width)
+                weight = (_ramp(rows.window, rows.overlap)[:, None] * _ramp(columns.window, columns.overlap)).to(total)
+            with torch.inference_mode():
+                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
+            for (row, column), part in zip(some, logits, strict=True):
+                into, down = _shared(row, top, height)
+                beside, right = _shared(column, left, width)
+                if blended:
+                    total[:, into, beside].addcmul_(part[:, down, right].to(total.dtype), weight[down, right])
+                else:
+                    total[:, into, beside] = part[:, down, right]
+        if blended:
+            # The weights of all windows at a pixel are the product of their sums along each axis.
+            total /= _cover(rows, top, height).to(total)[:, None]
+            total /= _cover(columns, left, width).to(total)
+        return total
+
+    def _lattice(self, side: int) -> _Lattice:
+        # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
+        window = _labelled(self.model.geometry, min(max(self.tile, self.overlap + self.cell), side))
+        step = max((window - self.overlap) // self.cell * self.cell, self.cell)  # a window as large as the side does not step at all
+        last = max(-(-(side - window) // self.cell) * self.cell, 0)
+        return _Lattice([_Cut(start, start, min(start + window, side)) for start in (*range(0, last, step), last)], window, self.overlap)
+
+    def _seen(self, read: Read, size: tuple[int, int], row: _Cut, column: _Cut, height: int, width: int) -> Tensor:
+        """(C, height + 2 * margin, width + 2 * margin) of the mirrored image."""
+        margin = self.model.geometry.margin
+        return _window(read, size, row.start - margin, column.start - margin, height + 2 * margin, width + 2 * margin)
 
 
 def _check(image: Tensor) -> tuple[int, int]:
@@ -117,11 +208,10 @@ def _labelled(geometry: InputGeometry, side: int) -> int:
     return geometry.fit(side + 2 * geometry.margin) - 2 * geometry.margin
 
 
-def _origins(side: int, window: int, overlap: int, cell: int) -> list[int]:
-    """Where windows start: multiples of `cell` that cover `side` pixels with at least `overlap` in common."""
-    step = max((window - overlap) // cell * cell, cell)  # a window as large as the side does not step at all
-    last = max(-(-(side - window) // cell) * cell, 0)
-    return [*range(0, last, step), last]
+def _shared(cut: _Cut, start: int, count: int) -> tuple[slice, slice]:
+    """Where the used part of a window and `count` pixels from `start` meet: in these, and in the window."""
+    first, last = max(cut.first, start), min(cut.last, start + count)
+    return slice(first - start, last - start), slice(first - cut.start, last - cut.start)
 
 
 def _ramp(side: int, overlap: int) -> Tensor:
@@ -133,34 +223,25 @@ def _ramp(side: int, overlap: int) -> Tensor:
     return torch.sin(torch.pi / 2 * (distance / overlap).clamp(max=1)).square()
 
 
-def _cover(origins: list[int], ramp: Tensor, side: int) -> Tensor:
-    """The sum of the windows' weights at each pixel of a side."""
-    cover = ramp.new_zeros(side)
-    for origin in origins:
-        part = cover[origin : origin + len(ramp)]
-        part += ramp[: len(part)]
+def _cover(lattice: _Lattice, start: int, count: int) -> Tensor:
+    """The sum of the windows' weights at each of `count` pixels from `start`."""
+    ramp, cover = _ramp(lattice.window, lattice.overlap), torch.zeros(count, dtype=torch.float64)
+    for cut in lattice.touching(start, start + count):
+        into, of = _shared(cut, start, count)
+        cover[into] += ramp[of]
     return cover
 
 
-def _predict_windows(model: SegmentationModel, image: Tensor, corners: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """(N, K, height, width) logits of the windows whose labelled parts start at `corners`."""
-    margin = model.geometry.margin
-    windows = [_window(image, top - margin, left - margin, height + 2 * margin, width + 2 * margin) for top, left in corners]
-    with torch.inference_mode():
-        logits: Tensor = model(torch.stack(windows).contiguous(memory_format=torch.channels_last))
-    return logits
-
-
-def _window(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """A window of the endlessly mirrored image; a view where it lies inside."""
-    rows, columns = image.shape[-2:]
-    if top >= 0 and top + height <= rows:
-        image = image[..., top : top + height, :]
-    else:
-        image = image.index_select(-2, _mirrored(top, height, rows).to(image.device))
-    if left >= 0 and left + width <= columns:
-        return image[..., left : left + width]
-    return image.index_select(-1, _mirrored(left, width, columns).to(image.device))
+def _window(read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """A window of the endlessly mirrored image; only as much of it is read as the window shows."""
+    rows, columns = _mirrored(top, height, size[0]), _mirrored(left, width, size[1])
+    first, start = int(rows.min()), int(columns.min())
+    seen = read(first, start, int(rows.max()) - first + 1, int(columns.max()) - start + 1)
+    if top < 0 or top + height > size[0]:
+        seen = seen.index_select(-2, (rows - first).to(seen.device))
+    if left < 0 or left + width > size[1]:
+        seen = seen.index_select(-1, (columns - start).to(seen.device))
+    return seen
 
 
 def _mirrored(start: int, count: int, side: int) -> Tensor:
