@@ -138,6 +138,27 @@ class Tiler:
     def window(self) -> int:
         return _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell)) + 2 * self.model.geometry.margin
 
+    @property
+    def step(self) -> int:
+        """From one window of a large image to the next, in pixels. Blocks that begin at multiples of it cut the fewest windows."""
+        wanted = _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell))
+        return max((wanted - self.overlap) // self.cell * self.cell, self.cell)
+
+    def windows(self, size: tuple[int, int]) -> int:
+        """How many windows an image of `size` pixels has."""
+        return len(self._lattice(size[0]).cuts) * len(self._lattice(size[1]).cuts)
+
+    def reach(self, size: tuple[int, int], top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of what `block` reads, save for the little that mirroring in small images may add."""
+        sides: list[tuple[int, int]] = []
+        for side, start, count in ((size[0], top, height), (size[1], left, width)):
+            lattice, margin = self._lattice(side), self.model.geometry.margin
+            cuts = lattice.touching(start, start + count)
+            first = max(min(cut.start for cut in cuts) - margin, 0)
+            last = min(max(cut.start for cut in cuts) + lattice.window + margin, side)
+            sides.append((first, last - first))
+        return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+
     def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
         """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
 

@@ -57,6 +57,10 @@ class RasterSource:
     def keep(self, rows: int) -> None:
         """GDAL has a cache of its own."""
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         where = self._rasterio.windows.Window(left, top, width, height)
         with self._lock, explained(self.picture.path, None):

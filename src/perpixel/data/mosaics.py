@@ -5,8 +5,11 @@ again, and several processes can add to it without talking to each other. Whoeve
 that find it at once do the same work and one of them renames last, onto the same content.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +63,20 @@ class Layer:
     name: str
     bands: int
     dtype: str
+
+
+def agreed(folder: Path, proposal: dict[str, int]) -> dict[str, int]:
+    """What the first process that works on a picture proposed: all others, now and after an interruption, do as it says."""
+    path = folder / "plan.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = folder / f"plan.{secrets.token_hex(6)}"
+        mine.write_text(json.dumps(proposal), "utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)  # unlike a rename it does not replace what another process has put there meanwhile
+        mine.unlink()
+    found: dict[str, int] = json.loads(path.read_text("utf-8"))
+    return found
 
 
 class Mosaic:

@@ -153,7 +153,7 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sampled(source: Source, mosaic: Mosaic) -> tuple[np.ndarray, np.ndarray]:
+def thinned(source: Source, mosaic: Mosaic) -> tuple[np.ndarray, np.ndarray]:
     """Image (C, h, w) and labels (h, w) of every n-th pixel, so that no side is above OVERLAY_SIDE; n is 1 for all but large images."""
     step = -(-max(source.size) // OVERLAY_SIDE)
     height, width = (-(-side // step) for side in source.size)

@@ -85,7 +85,14 @@ class TiffSource:
             row = self.page.imagewidth * self.page.samplesperpixel * np.dtype(self.page.dtype).itemsize
             self._limit = max(KEPT_BYTES, (rows + 2 * self.segment[0]) * row)
 
+    def close(self) -> None:
+        """Close the file, end the threads."""
+        self._pool.shutdown()
+        self._file.close()
+        self.page.parent.close()
+
     def read(self, top: int, left: int, height: int, width: int) -> Window:
+        """See `Source`."""
         stored, known, damage = self._raw_rows(top, left, height, width) if self._raw else self._pasted(top, left, height, width)
         known = without_nodata(stored, known, self.place.nodata)
         converted = from_tiff(self.page, stored, as_numbers=False)
@@ -181,7 +188,13 @@ class BandPages:
         for page in self._pages:
             page.keep(rows)
 
+    def close(self) -> None:
+        """As every page."""
+        for page in self._pages:
+            page.close()
+
     def read(self, top: int, left: int, height: int, width: int) -> Window:
+        """See `Source`."""
         parts = [page.read(top, left, height, width) for page in self._pages]
         known = [part.known for part in parts if part.known is not None]
         damage = {where: why for part in parts for where, why in part.damage.items()}

@@ -47,6 +47,10 @@ class Source(Protocol):
         """Windows of `rows` rows come from left to right, so strips have to be kept for all of them."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        ...
+
 
 @dataclass
 class WholeSource:
@@ -65,6 +69,9 @@ class WholeSource:
 
     def keep(self, rows: int) -> None:
         """All is kept as it is."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:

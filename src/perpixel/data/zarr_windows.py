@@ -52,6 +52,9 @@ class ZarrSource:
     def keep(self, rows: int) -> None:
         """Chunks are small; each is decoded once for each window that touches it."""
 
+    def close(self) -> None:
+        """Nothing stays open between reads."""
+
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         damage: dict[tuple[int, int, int, int], str] = {}
         known: np.ndarray | None = None
