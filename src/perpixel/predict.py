@@ -277,7 +277,7 @@ class _Run:
 
     def _settle(self, picture: Picture) -> None:
         """One ordinary picture needs no journal."""
-        if len(self.pictures) > 1 or self.task.shard[1] > 1:
+        if len(self.pictures) > 1 or self.task.shard[1] > 1 or self.journal.folder.exists():
             self.journal.settle(self.key(picture))
 
     def _is_written(self, picture: Picture) -> bool:

@@ -15,7 +15,7 @@ from perpixel.bundle import Bundle
 from perpixel.data.dataset import conform
 from perpixel.data.mosaics import Block, Grid
 from perpixel.data.windows import Source, Window
-from perpixel.tiling import Tiler
+from perpixel.tiling import Kept, Tiler
 
 CONTEXT = 128  # pixels around a block that a refiner sees too: 2.6 bandwidths of DenseCRF's widest kernel (49), see docs/large_images.md
 WAITING = 1  # blocks that wait between two stages: one is read, one waits, one is predicted, one waits, one is written
@@ -60,6 +60,8 @@ class Streamer:
         source.keep(grid.block[0] + 2 * tiler.window)
         with self._computing():
             self.tiler = tiler.prepared(self._reader(None), source.size)
+        if len(grid.blocks) > 1:
+            self.tiler.kept = Kept()
 
     def blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Region, Tensor]]:
         """Each block as read, and its scores (K, h, w), float32 on the model's device; the next ones are read meanwhile."""
@@ -101,6 +103,7 @@ class Streamer:
     def stitched(self, region: Region) -> Tensor:
         """As `scores`, not refined: for samples with dropout on."""
         block = region.block
+        self.tiler.kept = None  # each sample drops other units
         with self._computing():
             return self._halving(
                 lambda: self.tiler.block(self._reader(region), self.source.size, block.top, block.left, block.height, block.width).float()

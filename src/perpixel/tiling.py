@@ -1,6 +1,6 @@
 """Cut and stitch, exactly. Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -102,6 +102,42 @@ class _Lattice:
         return [cut for cut in self.cuts if cut.first < last and cut.last > first]
 
 
+class Kept:
+    """What windows over the border of a block say of the blocks to the right and below, so that these need not run them again.
+
+    Blocks of one image are expected row by row; in another order, or beyond `limit` bytes, windows are run again and nothing changes.
+    """
+
+    def __init__(self, limit: int = 2**27) -> None:
+        self._parts: dict[tuple[int, int], list[tuple[_Cut, _Cut, Tensor]]] = {}
+        self._bytes, self.limit = 0, limit
+
+    def take(self, row: _Cut, column: _Cut, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """(K, h, w): what that window says of a block, if all of it is here."""
+        rows, columns = _clipped(row, top, top + height), _clipped(column, left, left + width)
+        for down, right, part in self._parts.get((row.start, column.start), []):
+            if down.first <= rows.first and rows.last <= down.last and right.first <= columns.first and columns.last <= right.last:
+                inside = part[:, rows.first - down.first : rows.last - down.first]
+                return inside[:, :, columns.first - right.first : columns.last - right.first]
+        return None
+
+    def put(self, row: _Cut, column: _Cut, logits: Tensor, top: int, left: int, height: int, width: int) -> None:
+        """Keep what the window's logits say beyond the block."""
+        self._drop_before(top)
+        for down, right in ((row, _clipped(column, left + width, column.last)), (_clipped(row, top + height, row.last), column)):
+            if down.first >= down.last or right.first >= right.last:
+                continue
+            part = logits[:, down.first - row.start : down.last - row.start, right.first - column.start : right.last - column.start]
+            if self._bytes + part.nbytes <= self.limit:
+                self._parts.setdefault((row.start, column.start), []).append((down, right, part.clone()))
+                self._bytes += part.nbytes
+
+    def _drop_before(self, top: int) -> None:
+        """What ends above the block in hand."""
+        for key in [key for key, parts in self._parts.items() if all(down.last <= top for down, _, _ in parts)]:
+            self._bytes -= sum(part.nbytes for _, _, part in self._parts.pop(key))
+
+
 class Tiler:
     """Predicts any part of an image of any size by windows; the lattice of windows is the image's, whatever part is asked for.
 
@@ -133,6 +169,7 @@ class Tiler:
             raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
         self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
         self.cell = model.geometry.cell or model.geometry.multiple
+        self.kept: Kept | None = None  # set one where the blocks of one image come row by row
 
     @property
     def window(self) -> int:
@@ -181,27 +218,38 @@ class Tiler:
         rows, columns = (self._lattice(side) for side in size)
         cuts = list(product(rows.touching(top, top + height), columns.touching(left, left + width)))
         blended = len(rows.cuts) * len(columns.cuts) > 1
+        parts = [self.kept.take(row, column, top, left, height, width) if self.kept else None for row, column in cuts]
+        fresh = self._run(read, size, rows, columns, [cut for cut, part in zip(cuts, parts, strict=True) if part is None])
         total, weight = torch.empty(0), torch.empty(0)
-        for number in range(0, len(cuts), self.batch):
-            some = cuts[number : number + self.batch]
-            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
-            if number == 0:
-                total = windows.new_zeros(self.model.classes, height, width)
+        for (row, column), part in zip(cuts, parts, strict=True):
+            into, down = _shared(row, top, height)
+            beside, right = _shared(column, left, width)
+            if part is None:
+                whole = next(fresh)
+                part = whole[:, down, right]
+                if self.kept:
+                    self.kept.put(row, column, whole, top, left, height, width)
+            if total.ndim == 1:
+                total = part.new_zeros(self.model.classes, height, width)
                 weight = (_ramp(rows.window, rows.overlap)[:, None] * _ramp(columns.window, columns.overlap)).to(total)
-            with torch.inference_mode():
-                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
-            for (row, column), part in zip(some, logits, strict=True):
-                into, down = _shared(row, top, height)
-                beside, right = _shared(column, left, width)
-                if blended:
-                    total[:, into, beside].addcmul_(part[:, down, right].to(total.dtype), weight[down, right])
-                else:
-                    total[:, into, beside] = part[:, down, right]
+            if blended:
+                total[:, into, beside].addcmul_(part, weight[down, right])
+            else:
+                total[:, into, beside] = part
         if blended:
             # The weights of all windows at a pixel are the product of their sums along each axis.
             total /= _cover(rows, top, height).to(total)[:, None]
             total /= _cover(columns, left, width).to(total)
         return total
+
+    def _run(self, read: Read, size: tuple[int, int], rows: _Lattice, columns: _Lattice, cuts: list[tuple[_Cut, _Cut]]) -> Iterator[Tensor]:
+        """(K, window, window) logits of windows in order, in the dtype of what `read` gives; a batch at a time, when asked for."""
+        for number in range(0, len(cuts), self.batch):
+            some = cuts[number : number + self.batch]
+            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
+            with torch.inference_mode():
+                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
+            yield from logits.to(windows.dtype)
 
     def _lattice(self, side: int) -> _Lattice:
         # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
@@ -233,6 +281,11 @@ def _shared(cut: _Cut, start: int, count: int) -> tuple[slice, slice]:
     """Where the used part of a window and `count` pixels from `start` meet: in these, and in the window."""
     first, last = max(cut.first, start), min(cut.last, start + count)
     return slice(first - start, last - start), slice(first - cut.start, last - cut.start)
+
+
+def _clipped(cut: _Cut, first: int, last: int) -> _Cut:
+    """The part of its used pixels from `first` to before `last`."""
+    return _Cut(cut.start, max(cut.first, first), min(cut.last, last))
 
 
 def _ramp(side: int, overlap: int) -> Tensor:
