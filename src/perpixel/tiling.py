@@ -1,6 +1,8 @@
 """Cut and stitch, exactly. Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2."""
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -8,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from perpixel.models.dependency import Dependency, dependency
 from perpixel.models.model import InputGeometry, SegmentationModel
 
 Read = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) inside the image -> (C, height, width) float, normalised
@@ -143,41 +146,57 @@ class Tiler:
 
     Windows start at multiples of the model's cell, so that its pooling sees the same phase in each of them. A model with a margin
     therefore gives exactly what one pass over the whole image gives. A model without one pads inside, and sees less near the border of a
-    window: there neighbouring windows are blended by weights that fall towards the border.
+    window. With a number as `overlap` neighbouring windows are blended there by weights that fall towards the border. With "exact" each
+    window shows all that its part of the logits depends on (`models.dependency`), and every pixel comes from one window: the result is
+    that of one pass over the whole image, up to the rounding of sums.
+
+    The whole image, there, is mirrored at the right and below to a size that the model can label, as in `predict_whole`; models that
+    resize maps (`Dependency.aligned`) may need a few pixels more.
 
     Args:
         model: in eval mode.
-        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide.
-        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile.
+        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide. With "exact" that
+            of the part which a window inside the image gives; what it shows around is added.
+        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile; or "exact".
         batch: windows that run through the model at a time; may be set anew between blocks.
 
     Attributes:
         window: side of the windows that the model sees in a large image, in pixels.
 
     Raises:
-        ValueError: if `overlap` or `batch` is out of range.
+        ValueError: if `tile`, `overlap` or `batch` is out of range, or the model can't be predicted exactly by parts; the message says why.
 
     Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2.
     """
 
     def __init__(self, model: SegmentationModel, tile: int, overlap: Overlap, batch: int = 1) -> None:
-        if overlap == "exact":
-            raise ValueError("overlap 'exact' is not there yet")
-        if not 0 <= overlap < tile:
-            raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
+        if overlap != "exact" and (isinstance(overlap, str) or not 0 <= overlap < tile):
+            raise ValueError(f"overlap is {overlap!r} and tile {tile} pixels; need 0 <= overlap < tile, or overlap 'exact'")
+        if tile < 1 or batch < 1:
+            raise ValueError(f"tile is {tile} pixels and batch {batch}; both must be at least 1")
         self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
         self.cell = model.geometry.cell or model.geometry.multiple
         self.kept: Kept | None = None  # set one where the blocks of one image come row by row
+        self.field = dependency(model) if overlap == "exact" else None
+        if self.field and self.field.obstacle:
+            raise ValueError(f"this model can't be predicted exactly by parts: {self.field.obstacle}. Give overlap as a number of pixels")
+        self.mean: Tensor | None = None  # of the encoder's coarsest map over the image, for the layers that `field.means` names
 
     @property
     def window(self) -> int:
-        return _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell)) + 2 * self.model.geometry.margin
+        wanted = max(self.tile, self.overlap + self.cell) if isinstance(self.overlap, int) else self._with_halo()
+        return _labelled(self.model.geometry, wanted) + 2 * self.model.geometry.margin
+
+    def _with_halo(self) -> int:
+        """Labelled pixels that a window inside the image needs for its part."""
+        field = self.field or Dependency(self.cell)
+        return -(-self.tile // self.cell) * self.cell + field.before + field.after
 
     @property
     def step(self) -> int:
         """From one window of a large image to the next, in pixels. Blocks that begin at multiples of it cut the fewest windows."""
+        if not isinstance(self.overlap, int):
+            return -(-self.tile // self.cell) * self.cell
         wanted = _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell))
         return max((wanted - self.overlap) // self.cell * self.cell, self.cell)
 
@@ -199,11 +218,28 @@ class Tiler:
     def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
         """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
 
+        In exact mode that is the mean of the encoder's coarsest map where a layer uses it (DeepLab v3): one pass of the encoder over all
+        windows, each pixel of the map counted once.
+
         Args:
             read: see `Read`.
             size: (height, width) of the image in pixels.
         """
-        return self
+        rows, columns = (self._lattice(side) for side in size)
+        cuts = list(product(rows.cuts, columns.cuts))
+        if self.field is None or not self.field.means or len(cuts) == 1:
+            return self
+        total, count = torch.zeros(()), 0
+        for row, column in cuts:
+            window = self._seen(read, size, row, column, rows.window, columns.window)[None]
+            with torch.inference_mode():
+                coarsest = self.model.encoder(window.contiguous(memory_format=torch.channels_last)).maps[-1]
+            across, down = (_counted(cut, lattice, coarsest.shape[axis]) for cut, lattice, axis in ((row, rows, -2), (column, columns, -1)))
+            part = coarsest[0, :, across, down].double().flatten(1)
+            total, count = total.to(part.device) + part.sum(1), count + part.shape[1]
+        knowing = copy.copy(self)
+        knowing.mean = (total / count)[None, :, None, None].clone()
+        return knowing
 
     def block(self, read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
         """(K, height, width) logits of that part of an image of `size` pixels, in the dtype and on the device of what `read` gives.
@@ -211,13 +247,16 @@ class Tiler:
         Beyond the image's border its windows see it mirrored. What `read` is asked for lies inside.
 
         Raises:
-            ValueError: if the part does not lie in the image.
+            ValueError: if the part does not lie in the image, or the tiler has to be `prepared` for it first.
         """
         if not (0 <= top < top + height <= size[0] and 0 <= left < left + width <= size[1]):
             raise ValueError(f"a block of {height}x{width} pixels at {top}, {left} does not lie in an image of {size[0]}x{size[1]}")
         rows, columns = (self._lattice(side) for side in size)
         cuts = list(product(rows.touching(top, top + height), columns.touching(left, left + width)))
-        blended = len(rows.cuts) * len(columns.cuts) > 1
+        several = len(rows.cuts) * len(columns.cuts) > 1
+        if several and self.field and self.field.means and self.mean is None:
+            raise ValueError("this model takes a mean over the whole image; call prepared(read, size) first, and use the tiler it gives")
+        blended = several and self.field is None
         parts = [self.kept.take(row, column, top, left, height, width) if self.kept else None for row, column in cuts]
         fresh = self._run(read, size, rows, columns, [cut for cut, part in zip(cuts, parts, strict=True) if part is None])
         total, weight = torch.empty(0), torch.empty(0)
@@ -247,16 +286,52 @@ class Tiler:
         for number in range(0, len(cuts), self.batch):
             some = cuts[number : number + self.batch]
             windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
-            with torch.inference_mode():
+            with torch.inference_mode(), self._knowing_the_mean():
                 logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
             yield from logits.to(windows.dtype)
 
+    @contextmanager
+    def _knowing_the_mean(self) -> Iterator[None]:
+        """Layers that take a mean over the image give the whole image's."""
+        mean, names = self.mean, self.field.means if self.field and self.mean is not None else ()
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(lambda _, __, own: own if mean is None else mean.to(own).expand_as(own))
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _lattice(self, side: int) -> _Lattice:
+        if self.field is None or isinstance(self.overlap, int):
+            return self._blended_lattice(side, 0 if self.overlap == "exact" else self.overlap)
+        return self._exact_lattice(side, self.field)
+
+    def _blended_lattice(self, side: int, overlap: int) -> _Lattice:
         # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
-        window = _labelled(self.model.geometry, min(max(self.tile, self.overlap + self.cell), side))
-        step = max((window - self.overlap) // self.cell * self.cell, self.cell)  # a window as large as the side does not step at all
+        window = _labelled(self.model.geometry, min(max(self.tile, overlap + self.cell), side))
+        step = max((window - overlap) // self.cell * self.cell, self.cell)  # a window as large as the side does not step at all
         last = max(-(-(side - window) // self.cell) * self.cell, 0)
-        return _Lattice([_Cut(start, start, min(start + window, side)) for start in (*range(0, last, step), last)], window, self.overlap)
+        return _Lattice([_Cut(start, start, min(start + window, side)) for start in (*range(0, last, step), last)], window, overlap)
+
+    def _exact_lattice(self, side: int, field: Dependency) -> _Lattice:
+        """Parts that begin at multiples of the tile; a window around each, pushed inwards at the image's borders: there it ends too."""
+        geometry, step = self.model.geometry, -(-self.tile // self.cell) * self.cell
+        whole = _labelled(geometry, side)
+        while field.aligned and (whole + 2 * geometry.margin - geometry.remainder) % self.cell:
+            whole += geometry.multiple
+        # The last window ends where the image does and starts at a whole cell, so all leave the same remainder as the image.
+        window = self._with_halo()
+        window = min(window + (whole - window) % self.cell, whole)
+        cuts: list[_Cut] = []
+        for first in range(0, whole, step):
+            start, last = min(max(first - field.before, 0), whole - window), min(first + step, whole)
+            if cuts and cuts[-1].start == start:  # near a border, or in a small image, one window gives several parts
+                first = cuts.pop().first
+            cuts.append(_Cut(start, first, last))
+        return _Lattice(cuts, window, 0)
 
     def _seen(self, read: Read, size: tuple[int, int], row: _Cut, column: _Cut, height: int, width: int) -> Tensor:
         """(C, height + 2 * margin, width + 2 * margin) of the mirrored image."""
@@ -275,6 +350,13 @@ def _check(image: Tensor) -> tuple[int, int]:
 def _labelled(geometry: InputGeometry, side: int) -> int:
     """The smallest window side that the model can label and that is at least `side`."""
     return geometry.fit(side + 2 * geometry.margin) - 2 * geometry.margin
+
+
+def _counted(cut: _Cut, lattice: _Lattice, count: int) -> slice:
+    """Which of `count` positions of a coarse map of a window belong to its part: position 0 lies on the window's first pixel."""
+    stride = -(-lattice.window // count)
+    last = count if cut is lattice.cuts[-1] else (cut.last - cut.start) // stride
+    return slice((cut.first - cut.start) // stride, last)
 
 
 def _shared(cut: _Cut, start: int, count: int) -> tuple[slice, slice]:
