@@ -27,13 +27,16 @@ ARROWS = {
     "evaluate": {"bundle", "data", "losses", "metrics", "models", "tiling"},
     "refine": {"data", "refinement"},
     "tune": {"bundle", "data", "metrics", "refinement", "tiling"},
-    "predict": {"bundle", "data", "models", "tiling"},
     "certify": {"bundle", "data", "models", "tiling"},
+    "streaming": {"bundle", "data", "tiling"},
+    "budget": {"data", "models", "tiling"},
+    "segmenter": {"budget", "bundle", "data", "models", "streaming", "tiling"},
+    "predict": {"budget", "bundle", "data", "models", "segmenter", "streaming", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
-    "cli": {"certify", "check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
+    "cli": {"budget", "certify", "check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
 }
 
 

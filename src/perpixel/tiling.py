@@ -105,6 +105,42 @@ class _Lattice:
         return [cut for cut in self.cuts if cut.first < last and cut.last > first]
 
 
+class Kept:
+    """What windows over the border of a block say of the blocks to the right and below, so that these need not run them again.
+
+    Blocks of one image are expected row by row; in another order, or beyond `limit` bytes, windows are run again and nothing changes.
+    """
+
+    def __init__(self, limit: int = 2**27) -> None:
+        self._parts: dict[tuple[int, int], list[tuple[_Cut, _Cut, Tensor]]] = {}
+        self._bytes, self.limit = 0, limit
+
+    def take(self, row: _Cut, column: _Cut, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """(K, h, w): what that window says of a block, if all of it is here."""
+        rows, columns = _clipped(row, top, top + height), _clipped(column, left, left + width)
+        for down, right, part in self._parts.get((row.start, column.start), []):
+            if down.first <= rows.first and rows.last <= down.last and right.first <= columns.first and columns.last <= right.last:
+                inside = part[:, rows.first - down.first : rows.last - down.first]
+                return inside[:, :, columns.first - right.first : columns.last - right.first]
+        return None
+
+    def put(self, row: _Cut, column: _Cut, logits: Tensor, top: int, left: int, height: int, width: int) -> None:
+        """Keep what the window's logits say beyond the block."""
+        self._drop_before(top)
+        for down, right in ((row, _clipped(column, left + width, column.last)), (_clipped(row, top + height, row.last), column)):
+            if down.first >= down.last or right.first >= right.last:
+                continue
+            part = logits[:, down.first - row.start : down.last - row.start, right.first - column.start : right.last - column.start]
+            if self._bytes + part.nbytes <= self.limit:
+                self._parts.setdefault((row.start, column.start), []).append((down, right, part.clone()))
+                self._bytes += part.nbytes
+
+    def _drop_before(self, top: int) -> None:
+        """What ends above the block in hand."""
+        for key in [key for key, parts in self._parts.items() if all(down.last <= top for down, _, _ in parts)]:
+            self._bytes -= sum(part.nbytes for _, _, part in self._parts.pop(key))
+
+
 class Tiler:
     """Predicts any part of an image of any size by windows; the lattice of windows is the image's, whatever part is asked for.
 
@@ -140,6 +176,7 @@ class Tiler:
             raise ValueError(f"tile is {tile} pixels and batch {batch}; both must be at least 1")
         self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
         self.cell = model.geometry.cell or model.geometry.multiple
+        self.kept: Kept | None = None  # set one where the blocks of one image come row by row
         self.field = dependency(model) if overlap == "exact" else None
         if self.field and self.field.obstacle:
             raise ValueError(f"this model can't be predicted exactly by parts: {self.field.obstacle}. Give overlap as a number of pixels")
@@ -149,18 +186,6 @@ class Tiler:
     def window(self) -> int:
         wanted = max(self.tile, self.overlap + self.cell) if isinstance(self.overlap, int) else self._with_halo()
         return _labelled(self.model.geometry, wanted) + 2 * self.model.geometry.margin
-
-    @property
-    def step(self) -> int:
-        """Pixels from one window to the next in a large image; blocks whose sides are multiples of it share the fewest windows."""
-        if self.overlap == "exact":
-            return -(-self.tile // self.cell) * self.cell
-        labelled = self.window - 2 * self.model.geometry.margin
-        return max((labelled - self.overlap) // self.cell * self.cell, self.cell)
-
-    def windows(self, size: tuple[int, int]) -> int:
-        """The number of windows that an image of `size` pixels is cut into."""
-        return len(self._lattice(size[0]).cuts) * len(self._lattice(size[1]).cuts)
 
     def _with_halo(self) -> int:
         """Labelled pixels that a window inside the image needs for its part."""
@@ -177,6 +202,29 @@ class Tiler:
         while aligned and (side + 2 * geometry.margin - geometry.remainder) % self.cell:
             side += geometry.multiple
         return side
+
+    @property
+    def step(self) -> int:
+        """From one window of a large image to the next, in pixels. Blocks that begin at multiples of it cut the fewest windows."""
+        if not isinstance(self.overlap, int):
+            return -(-self.tile // self.cell) * self.cell
+        wanted = _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell))
+        return max((wanted - self.overlap) // self.cell * self.cell, self.cell)
+
+    def windows(self, size: tuple[int, int]) -> int:
+        """How many windows an image of `size` pixels has."""
+        return len(self._lattice(size[0]).cuts) * len(self._lattice(size[1]).cuts)
+
+    def reach(self, size: tuple[int, int], top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of what `block` reads, save for the little that mirroring in small images may add."""
+        sides: list[tuple[int, int]] = []
+        for side, start, count in ((size[0], top, height), (size[1], left, width)):
+            lattice, margin = self._lattice(side), self.model.geometry.margin
+            cuts = lattice.touching(start, start + count)
+            first = max(min(cut.start for cut in cuts) - margin, 0)
+            last = min(max(cut.start for cut in cuts) + lattice.window + margin, side)
+            sides.append((first, last - first))
+        return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
 
     def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
         """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
@@ -220,27 +268,38 @@ class Tiler:
         if several and self.field and self.field.means and self.mean is None:
             raise ValueError("this model takes a mean over the whole image; call prepared(read, size) first, and use the tiler it gives")
         blended = several and self.field is None
+        parts = [self.kept.take(row, column, top, left, height, width) if self.kept else None for row, column in cuts]
+        fresh = self._run(read, size, rows, columns, [cut for cut, part in zip(cuts, parts, strict=True) if part is None])
         total, weight = torch.empty(0), torch.empty(0)
-        for number in range(0, len(cuts), self.batch):
-            some = cuts[number : number + self.batch]
-            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
-            if number == 0:
-                total = windows.new_zeros(self.model.classes, height, width)
+        for (row, column), part in zip(cuts, parts, strict=True):
+            into, down = _shared(row, top, height)
+            beside, right = _shared(column, left, width)
+            if part is None:
+                whole = next(fresh)
+                part = whole[:, down, right]
+                if self.kept:
+                    self.kept.put(row, column, whole, top, left, height, width)
+            if total.ndim == 1:
+                total = part.new_zeros(self.model.classes, height, width)
                 weight = (_ramp(rows.window, rows.overlap)[:, None] * _ramp(columns.window, columns.overlap)).to(total)
-            with torch.inference_mode(), self._knowing_the_mean():
-                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
-            for (row, column), part in zip(some, logits, strict=True):
-                into, down = _shared(row, top, height)
-                beside, right = _shared(column, left, width)
-                if blended:
-                    total[:, into, beside].addcmul_(part[:, down, right].to(total.dtype), weight[down, right])
-                else:
-                    total[:, into, beside] = part[:, down, right]
+            if blended:
+                total[:, into, beside].addcmul_(part, weight[down, right])
+            else:
+                total[:, into, beside] = part
         if blended:
             # The weights of all windows at a pixel are the product of their sums along each axis.
             total /= _cover(rows, top, height).to(total)[:, None]
             total /= _cover(columns, left, width).to(total)
         return total
+
+    def _run(self, read: Read, size: tuple[int, int], rows: _Lattice, columns: _Lattice, cuts: list[tuple[_Cut, _Cut]]) -> Iterator[Tensor]:
+        """(K, window, window) logits of windows in order, in the dtype of what `read` gives; a batch at a time, when asked for."""
+        for number in range(0, len(cuts), self.batch):
+            some = cuts[number : number + self.batch]
+            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
+            with torch.inference_mode(), self._knowing_the_mean():
+                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
+            yield from logits.to(windows.dtype)
 
     @contextmanager
     def _knowing_the_mean(self) -> Iterator[None]:
@@ -312,6 +371,11 @@ def _shared(cut: _Cut, start: int, count: int) -> tuple[slice, slice]:
     """Where the used part of a window and `count` pixels from `start` meet: in these, and in the window."""
     first, last = max(cut.first, start), min(cut.last, start + count)
     return slice(first - start, last - start), slice(first - cut.start, last - cut.start)
+
+
+def _clipped(cut: _Cut, first: int, last: int) -> _Cut:
+    """The part of its used pixels from `first` to before `last`."""
+    return _Cut(cut.start, max(cut.first, first), min(cut.last, last))
 
 
 def _ramp(side: int, overlap: int) -> Tensor:
