@@ -133,6 +133,9 @@ def predict(
     max_ram: Annotated[str | None, typer.Option(help="Memory the process may take: 2G, 800M.", show_default=False)] = None,
     max_vram: Annotated[str | None, typer.Option(help="Memory of the GPU it may take.", show_default=False)] = None,
     precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
+    tta: Annotated[
+        str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
+    ] = "",
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n shares of the work, counted from 1.", show_default=False)] = None,
 ) -> None:
     """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size.
@@ -146,7 +149,7 @@ def predict(
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
     task = Task(overlay, probabilities, entropy, samples, format_, strict, Limits(ram, vram), shard_of(shard))
     with _live(False, "predicting") as progress:
-        segmenter = load(bundle, refine=refine, precision=precision)
+        segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
         result = predict_files(segmenter, inputs, out, task, progress, lambda plan: console.print(escape(plan), soft_wrap=True))
     console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
     if result.shared:
