@@ -1,6 +1,7 @@
 """overlap="exact": parts of an image are predicted as one pass over the whole image predicts them, or refused with the reason."""
 
 import re
+import sys
 from itertools import product
 
 import pytest
@@ -112,7 +113,7 @@ def test_whole_equals_tiled(case, monkeypatch, one_thread):
     """To 1e-5 in float32. Images are long and narrow, so that many windows cost little; both orientations are drawn."""
     monkeypatch.setitem(UNITS, 50, (1, 1, 1, 1))  # DeepLab's own ResNets with one unit a block
     for module in ("deeplab_v3", "fcn_resnet"):  # torchvision's layouts, on the small network
-        monkeypatch.setattr(f"perpixel.models.{module}.timm_encoder", tiny_encoder)
+        monkeypatch.setattr(sys.modules[f"perpixel.models.{module}"], "timm_encoder", tiny_encoder)
     model = random_model(EXACT[case][0], **EXACT[case][1])
     field = dependency(model)
     assert not field.obstacle
@@ -178,8 +179,9 @@ def test_the_unpadded_unet_is_equal_to_the_last_bit_in_float64_where_sums_have_a
     """arXiv:1505.04597, Fig. 2: nothing is approximated. PyTorch's own convolutions differ by rounding, see the next test."""
     model = random_model(name, width=1).double()
     image = torch.randn(1, 61, 75, dtype=torch.float64)
+    tiler = Tiler(model, 16, "exact", batch=2)
     with InOrder():
-        whole, tiled = predict_whole(model, image), predict_tiled(model, image, 16, "exact", batch=2)
+        whole, tiled = predict_whole(model, image), tiler.block(reader(image), (61, 75), 0, 0, 61, 75)
     assert torch.equal(tiled, whole)
     torch.testing.assert_close(whole, predict_whole(model, image), rtol=1e-12, atol=1e-12)  # it is the same network
 
@@ -190,13 +192,13 @@ def test_the_unpadded_unet_is_equal_to_the_last_bit_in_float64_where_nothing_is_
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randint(-1, 2, parameter.shape))
-    largest = []
+    tiler, largest = Tiler(model, 32, "exact", batch=3), list[float]()
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_hook(lambda _, __, out: largest.append(float(out.abs().max())))
     image = torch.randint(-3, 4, (1, 90, 70)).double()
     whole = predict_whole(model, image)
-    assert torch.equal(predict_tiled(model, image, 32, "exact", batch=3), whole)
+    assert torch.equal(tiler.block(reader(image), (90, 70), 0, 0, 90, 70), whole)
     assert whole.std() > 100
     assert max(largest) < 2**50
 
@@ -223,7 +225,7 @@ def test_the_field_is_what_gradients_reach(case, monkeypatch, one_thread):
     transparent = made_transparent(model)
     monkeypatch.setattr("torch.nn.functional.local_response_norm", lambda x, *_: x)
     side = model.geometry.fit(2 * (field.before + field.after + field.cell))
-    image = torch.zeros(1, bands(model), side, model.geometry.fit(1), dtype=torch.float64, requires_grad=True)
+    image = torch.zeros(1, bands(model), side, model.geometry.fit(64), dtype=torch.float64, requires_grad=True)
     begin = -(-field.before // field.cell) * field.cell + field.cell
     logits = transparent(image)[0, :, begin : begin + field.cell]
     (seen,) = torch.autograd.grad(logits.sum(), image)
