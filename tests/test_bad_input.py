@@ -364,8 +364,10 @@ def test_a_disk_that_fills_up_while_predicting_loses_nothing_already_written(com
     assert "nothing already written is lost" in said.err
     assert Image.open(tmp_path / "out" / "a.png").size == (8, 8)
     assert np.load(tmp_path / "out" / "probabilities" / "a.npy").shape == (3, 8, 8)
-    files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert files == {"a.png", "a.npy", "b.png"}, "no half file, nothing hidden"
+    files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".done"}
+    assert files == {"a.png", "a.npy", "b.png"}, "no half file; beside them only the note of what is done"
+    assert command(*call).code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png", "probabilities"]
     assert command(*call).code == 0
     assert np.load(tmp_path / "out" / "probabilities" / "b.npy").shape == (3, 200, 200)
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import perpixel
-from perpixel.predict import load, predict_files
+from perpixel.predict import Task, load, predict_files
 
 SIDES = (1, 2, 7, 33, 130)
 
@@ -140,7 +140,7 @@ def test_classes_and_colours_are_the_bundle_s(run):
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 130), (33, 7)])
 def test_label_files_hold_the_predicted_indices_with_the_classes_palette(segmenter, tmp_path, out, height, width):
     path = save(tmp_path / "a.png", noise(height, width, 3))
-    result = predict_files(segmenter, [path], out, with_overlay=True, with_probabilities=True)
+    result = predict_files(segmenter, [path], out, Task(overlay=True, probabilities=True))
     assert result.written == [out / "a.png"]
     with Image.open(out / "a.png") as written:
         assert (written.mode, written.size) == ("P", (width, height))
@@ -154,7 +154,7 @@ def test_label_files_hold_the_predicted_indices_with_the_classes_palette(segment
 
 def test_probabilities_are_float16_and_add_up_to_one(segmenter, tmp_path, out):
     path = save(tmp_path / "a.png", noise(40, 30, 3))
-    predict_files(segmenter, [path], out, with_probabilities=True)
+    predict_files(segmenter, [path], out, Task(probabilities=True))
     written = np.load(out / "probabilities" / "a.npy", allow_pickle=False)
     assert written.dtype == np.float16
     np.testing.assert_allclose(written.astype(np.float64).sum(axis=0), 1, atol=2e-3)
@@ -164,7 +164,7 @@ def test_probabilities_are_float16_and_add_up_to_one(segmenter, tmp_path, out):
 def test_an_overlay_is_the_colour_of_each_class_over_the_image(segmenter, tmp_path, out):
     """Half image and half colour; JPEG blurs single pixels, so means are compared."""
     path = save(tmp_path / "a.png", np.full((64, 64, 3), 200, np.uint8))
-    predict_files(segmenter, [path], out, with_overlay=True)
+    predict_files(segmenter, [path], out, Task(overlay=True))
     labels, shown = np.asarray(Image.open(out / "a.png")), np.asarray(Image.open(out / "overlays" / "a.jpg")).astype(float)
     expected = 0.5 * 200 + 0.5 * np.asarray(segmenter.colors, float)[labels]
     np.testing.assert_allclose(shown.mean(axis=(0, 1)), expected.mean(axis=(0, 1)), atol=4)
@@ -241,7 +241,7 @@ def test_labels_beside_images_of_another_suffix_are_fine(segmenter, tmp_path):
 def test_many_classes_are_written_with_sixteen_bits(make_bundle, tmp_path, out):
     segmenter = load(make_bundle(classes=300, width=1), device="cpu")
     path = save(tmp_path / "a.png", noise(32, 32, 3))
-    predict_files(segmenter, [path], out, with_overlay=True)
+    predict_files(segmenter, [path], out, Task(overlay=True))
     labels = segmenter.predict(path)
     assert labels.dtype == np.uint16
     assert np.array_equal(np.asarray(Image.open(out / "a.png")), labels)
@@ -265,7 +265,7 @@ def bayesian(make_bundle):
 def test_samples_label_by_the_mean_and_write_the_uncertainty(bayesian, tmp_path, out):
     segmenter = load(bayesian, device="cpu")
     path = save(tmp_path / "a.png", noise(33, 50, 3))
-    predict_files(segmenter, [path], out, with_probabilities=True, samples=5)
+    predict_files(segmenter, [path], out, Task(probabilities=True, samples=5))
     result = segmenter.monte_carlo(path, 5)
     assert np.array_equal(np.asarray(Image.open(out / "a.png")), result.mean.argmax(0).numpy())
     assert np.array_equal(segmenter.predict(path, samples=5), result.mean.argmax(0).numpy())
@@ -279,7 +279,7 @@ def test_samples_label_by_the_mean_and_write_the_uncertainty(bayesian, tmp_path,
 def test_samples_of_a_model_without_dropout_are_refused_before_anything_is_written(segmenter, tmp_path, out):
     path = save(tmp_path / "a.png", noise(33, 50, 3))
     with pytest.raises(ValueError, match="has no dropout"):
-        predict_files(segmenter, [path], out, samples=3)
+        predict_files(segmenter, [path], out, Task(samples=3))
     assert not out.exists()
     with pytest.raises(ValueError, match="has no dropout"):
         segmenter.predict(path, samples=3)

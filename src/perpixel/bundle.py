@@ -79,7 +79,7 @@ class Card(BaseModel):
     colors: list[tuple[int, int, int]]
     label_map: dict[str, Any]
     tile: int
-    overlap: int
+    overlap: int | Literal["exact"]
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
     refiner: RefinerCard | None = None
@@ -145,7 +145,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Writes weights (a model's state dict) and card as one file, atomically."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
-    save_tensors(path, own, {"perpixel": card.model_dump_json(), "digest": _digest(own)})
+    save_tensors(path, own, {"perpixel": card.model_dump_json(), "digest": digest_of(own)})
 
 
 def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
@@ -179,7 +179,7 @@ def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
     return stay
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Of names and bytes of contiguous tensors on the CPU, in any order: the format sees a file cut short, not a changed byte."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
@@ -245,7 +245,7 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
     """
     tensors, metadata = read_tensors(Path(path))
     card = read_card(path, metadata)
-    if "digest" in metadata and metadata["digest"] != _digest(tensors):
+    if "digest" in metadata and metadata["digest"] != digest_of(tensors):
         raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)

@@ -162,25 +162,38 @@ def predict(
         ),
     ] = None,
     refine: Refine = "bundle",
+    entropy: Annotated[bool, typer.Option("--entropy", help="Also OUT/entropy: of the probabilities, in nats; float16, (H, W).")] = False,
+    format_: Annotated[str, typer.Option("--format", help="png, tif or zarr; auto: tif for very large or georeferenced images.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at damage, instead of leaving it out.")] = False,
+    max_ram: Annotated[str | None, typer.Option(help="Memory the process may take: 2G, 800M.", show_default=False)] = None,
+    max_vram: Annotated[str | None, typer.Option(help="Memory of the GPU it may take.", show_default=False)] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
+    tta: Annotated[
+        str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
+    ] = "",
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n shares of the work, counted from 1.", show_default=False)] = None,
 ) -> None:
-    """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size."""
-    from perpixel.predict import load, predict_files
+    """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size.
+
+    Very large and georeferenced images become tiled TIFF. An interrupted prediction goes on where it was with the same command.
+    """
+    from perpixel.budget import Limits, parse_bytes
+    from perpixel.predict import Task, load, predict_files, shard_of
 
     console = Console()
+    ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
+    task = Task(overlay, probabilities, entropy, samples, format_, strict, Limits(ram, vram), shard_of(shard))
     with _live(False, "predicting") as progress:
-        result = predict_files(
-            load(bundle, refine=refine),
-            inputs,
-            out,
-            with_overlay=overlay,
-            with_probabilities=probabilities,
-            samples=samples,
-            progress=progress,
-        )
+        segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
+        result = predict_files(segmenter, inputs, out, task, progress, lambda plan: console.print(escape(plan), soft_wrap=True))
     console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]")
+    if result.shared:
+        console.print(f"{result.shared} more wait for the other shares of the work")
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
-    if result.damaged:
+    for hole in (hole for holes in result.holes.values() for hole in holes):
+        console.print(f"[yellow]labelled as not known[/] {escape(hole)}", soft_wrap=True)
+    if result.damaged or result.holes:
         raise typer.Exit(2)
 
 
@@ -268,6 +281,26 @@ def refine(
 
     written = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
     Console().print(f"{len(written)} label image{'s' * (len(written) != 1)} in [bold]{escape(str(out))}[/]")
+
+
+@app.command()
+def certify(
+    bundle: Bundle,
+    image: Annotated[Path | None, typer.Argument(help="An image file; left out: noise of an odd size.")] = None,
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the parts in pixels.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Compare a prediction by parts with that of the whole image. Exit code 0 where they are the same, 2 where they can't be or aren't."""
+    from perpixel.certify import certify as run
+    from perpixel.certify import render
+
+    certificate = run(bundle, image, tile)
+    if json:
+        _print_json(certificate.to_json())
+    else:
+        render(certificate, Console())
+    if not certificate.exact:
+        raise typer.Exit(2)
 
 
 @app.command()

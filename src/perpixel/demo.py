@@ -11,7 +11,7 @@ from perpixel.check import render as render_check
 from perpixel.data.samples import write_samples
 from perpixel.evaluate import Evaluation, evaluate
 from perpixel.evaluate import render as render_scores
-from perpixel.predict import load, predict_files
+from perpixel.predict import Task, load, predict_files
 from perpixel.train import train
 
 
@@ -37,7 +37,7 @@ def demo(out: Path, minutes: float, console: Console) -> Evaluation:
     result = evaluate(run / "best.safetensors", data / "images", data / "masks", split="val")
     render_scores(result, console)
     console.rule("5 of 5  perpixel predict")
-    predicted = predict_files(load(run / "best.safetensors"), [data / "images" / "val"], labels, with_overlay=True)
+    predicted = predict_files(load(run / "best.safetensors"), [data / "images" / "val"], labels, Task(overlay=True))
     console.print(f"{len(predicted.written)} label images, in {time.monotonic() - started:.0f} seconds in all. Where it all lies:")
     for what, where in (
         ("images and masks", data),

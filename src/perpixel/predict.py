@@ -1,109 +1,29 @@
 """From image files to label files, in the eight steps of docs/pipeline.md."""
 
+import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from perpixel.bundle import Bundle, load_bundle
-from perpixel.data.dataset import conform
+from perpixel.budget import WHOLE, Limits, Plan, one_block
+from perpixel.bundle import digest_of
 from perpixel.data.display import overlay
-from perpixel.data.images import Picture, find_pictures, read_image
+from perpixel.data.images import Picture
+from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
+from perpixel.data.outputs import FORMATS, Legend, format_of, thinned, write_layer
+from perpixel.data.sources import find_sources, open_source
+from perpixel.data.windows import Source
 from perpixel.data.writing import write_array, write_labels, write_rgb
-from perpixel.models.model import SegmentationModel
-from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
-from perpixel.tiling import predict_tiled
+from perpixel.models.monte_carlo import active_dropouts
+from perpixel.segmenter import Segmenter, load, sampled
+from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of
+from perpixel.tiling import Tiler
 
+__all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[int, int, str], None]  # (done, of, what)
-
-
-class Segmenter:
-    """A bundle in use: `perpixel.load("RUN/best.safetensors").predict("photo.jpg")`."""
-
-    def __init__(self, bundle: Bundle, refine: str = "bundle") -> None:
-        self.bundle, self.refiner, self.temperature = bundle, bundle.refiner(refine), bundle.temperature(refine)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes, in the order of the indices that `predict` returns."""
-        return self.bundle.card.classes
-
-    @property
-    def colors(self) -> list[tuple[int, int, int]]:
-        """RGB colours of the classes, 0..255."""
-        return self.bundle.card.colors
-
-    def logits(self, image: np.ndarray | Tensor | Path | str) -> Tensor:
-        """(K, H, W) float32 real scores before softmax, at exactly the image's size, whatever its size; refined where there is a refiner.
-
-        Args:
-            image: a file; an array (H, W) or (H, W, C); or a tensor (C, H, W); uint8, uint16 or floats 0..1.
-
-        Raises:
-            ValueError: unreadable file, or bands that differ from those the model was trained on.
-        """
-        return self._logits(*_read(image))
-
-    @torch.inference_mode()
-    def _logits(self, pixels: np.ndarray, source: str) -> Tensor:
-        """Logits of pixels (C, H, W) as `read_image` gives them (step 1); `source` names them in errors."""
-        return self._refined(self._stitched(self.bundle.model, self._normalized(pixels, source)), pixels)
-
-    def _refined(self, logits: Tensor, pixels: np.ndarray) -> Tensor:
-        if self.refiner is None:
-            return logits
-        card = self.bundle.card
-        image = torch.from_numpy(conform(pixels, card.bands, card.dtype, "image"))
-        refined: Tensor = self.refiner(logits[None], image[None])[0]  # 6 refine
-        return refined
-
-    def _normalized(self, pixels: np.ndarray, source: str) -> Tensor:
-        card, model = self.bundle.card, self.bundle.model
-        pixels = conform(pixels, card.bands, card.dtype, source)
-        return self.bundle.normalize(torch.from_numpy(pixels).to(next(model.parameters()).device))  # 2 normalise
-
-    def _stitched(self, model: SegmentationModel, image: Tensor) -> Tensor:
-        return predict_tiled(model, image, self.bundle.card.tile, self.bundle.card.overlap).float()  # 3 tile, 4 model, 5 stitch
-
-    def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
-        """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
-
-        They are not refined: a refiner works on scores, and what the samples disagree about would be smoothed away.
-
-        Its `uncertainty` (H, W) is the mean of the variance over the classes.
-
-        Raises:
-            ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
-        """
-        return self._monte_carlo(*_read(image), samples, seed)
-
-    def _monte_carlo(self, pixels: np.ndarray, source: str, samples: int, seed: int = 0) -> MonteCarlo:
-        return monte_carlo(self.bundle.model, self._normalized(pixels, source), samples, seed, self._stitched)  # not refined
-
-    def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
-        """(K, H, W) float32 softmax probabilities, at the temperature that the bundle was calibrated to; see `logits`."""
-        return (self.logits(image) / self.temperature).softmax(0).cpu().numpy()
-
-    def predict(self, image: np.ndarray | Tensor | Path | str, samples: int | None = None) -> np.ndarray:
-        """(H, W) class indices, uint8 (uint16 above 255 classes); see `logits`, and `monte_carlo` for `samples`."""
-        return self._labels(self.logits(image) if samples is None else self.monte_carlo(image, samples).mean)
-
-    def _labels(self, scores: Tensor) -> np.ndarray:
-        return scores.argmax(0).cpu().numpy().astype(np.uint8 if len(self.classes) <= 255 else np.uint16)  # 7 argmax
-
-
-def load(bundle: Path | str, device: str | None = None, refine: str = "bundle") -> Segmenter:
-    """A segmenter from a bundle file, on the GPU where there is one unless `device` says otherwise.
-
-    `refine`: "bundle": its scores are refined as `perpixel tune` found best, if it did; "none"; or the name of a refiner.
-
-    Raises:
-        ValueError: not a bundle, truncated, a pickle, or from a newer perpixel.
-    """
-    return Segmenter(load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu")), refine)
 
 
 @dataclass
@@ -112,103 +32,284 @@ class Predicted:
 
     written: list[Path] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)  # file -> why there is no prediction for it
+    holes: dict[str, list[str]] = field(default_factory=dict)  # file -> its damaged pieces, whose labels say "not known"
+    shared: int = 0  # pictures of which this process made its share, and others have not finished theirs
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `predict_files` writes for each picture, and how.
+
+    Attributes:
+        overlay: also OUT/overlays/<name>.jpg, the labels' colours over the image (of a very large one, over every n-th pixel).
+        probabilities: also OUT/probabilities/<name>.npy, (K, H, W) float16; TIFF or zarr where the labels are.
+        entropy: also OUT/entropy/<name>.npy, (H, W) float16: of the probabilities, in nats.
+        samples: labels and probabilities from the mean of so many predictions with dropout on; also OUT/uncertainty/<name>.npy,
+            (H, W) float16, the variance of the probabilities, mean over the classes.
+        format: of the labels: png, tif, zarr; auto: png for ordinary pictures, zarr for zarr, tif for very large and georeferenced ones.
+        strict: stop at the first damaged picture or piece of one, instead of leaving it out.
+        limits: on memory.
+        shard: (i, n): only the i-th (from 0) of n shares of the blocks. The process that comes last puts a shared output together.
+    """
+
+    overlay: bool = False
+    probabilities: bool = False
+    entropy: bool = False
+    samples: int | None = None
+    format: str = "auto"
+    strict: bool = False
+    limits: Limits = field(default_factory=Limits)
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        part, parts = self.shard
+        if not 0 <= part < parts:
+            raise ValueError(f"shard is {part} of {parts}; legal is 0 to {parts - 1}, counted from 0")
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; legal is {', '.join(FORMATS)}")
+
+    def layers(self, classes: int) -> list[Layer]:
+        """The maps that are written."""
+        wanted = [Layer("labels", 0, "uint8" if classes <= 255 else "uint16")]
+        wanted += [Layer("probabilities", classes, "float16")] if self.probabilities else []
+        wanted += [Layer("entropy", 0, "float16")] if self.entropy else []
+        return wanted + ([Layer("uncertainty", 0, "float16")] if self.samples is not None else [])
 
 
 def predict_files(
     segmenter: Segmenter,
     inputs: Sequence[str | Path],
     out: Path,
-    *,
-    with_overlay: bool = False,
-    with_probabilities: bool = False,
-    samples: int | None = None,
+    task: Task | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Predicted:
-    """Writes OUT/<name>.png with class indices and the classes' palette for each picture of files, folders, globs and stacks.
+    """Writes OUT/<name>.png (.tif, .zarr) with class indices for each picture of files, folders, globs, stacks and zarr stores.
+
+    What was done is noted in a hidden folder of OUT until all is: after an interruption the same call goes on where it was.
 
     Args:
-        with_overlay: also OUT/overlays/<name>.jpg, the labels' colours over the image.
-        with_probabilities: also OUT/probabilities/<name>.npy, (K, H, W) float16.
-        samples: labels and probabilities from the mean of so many predictions with dropout on; also OUT/uncertainty/<name>.npy,
-            (H, W) float16, the variance of the probabilities, mean over the classes.
+        task: what to write, and how; None: labels only.
+        progress: called after each picture, and each block of a large one.
+        tell: called with the plan of each picture of several blocks before it starts.
 
     Returns:
         The label images written, and the damaged inputs, which are named and left out: one bad file does not stop the others.
 
     Raises:
-        ValueError: no pictures, two that would be written to the same file, one that would overwrite an input, or `samples` of a
-            model without dropout.
+        ValueError: no pictures, two that would be written to the same file, one that would overwrite an input, `samples` of a
+            model without dropout, limits that nothing fits; with `strict`, a damaged input.
         OSError: the disk is full.
     """
-    result = Predicted()
-    if samples is not None:
+    task = task or Task()
+    if task.samples is not None:
         active_dropouts(segmenter.bundle.model)
-    pictures = find_pictures(inputs)
-    _refuse_collisions(pictures, out)
-    for done, picture in enumerate(pictures, 1):
+    pictures = find_sources(inputs)
+    _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
+    run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
+    with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as write:
+        for number, source in sources:
+            run.picture(number, source, write)
+    run.journal.close([run.key(picture) for picture in pictures])
+    return run.result
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(i, n), i from 0, of "1/4" (the first of four); None: what torchrun says (RANK, WORLD_SIZE), else the whole.
+
+    Raises:
+        ValueError: for another text.
+    """
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"shard is {text!r}; legal is i/n with 1 <= i <= n, such as 2/4")
+    return int(part) - 1, int(parts)
+
+
+class _Run:
+    """One call of `predict_files`: its pictures, journal and result."""
+
+    def __init__(
+        self, segmenter: Segmenter, task: Task, out: Path, pictures: list[Picture], progress: Progress, tell: Callable[[str], None]
+    ) -> None:
+        self.segmenter, self.task, self.out, self.pictures, self.progress, self.tell = segmenter, task, out, pictures, progress, tell
+        self.inputs = {picture.path.resolve() for picture in pictures}
+        self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
+        self.result = Predicted()
+        bundle = segmenter.bundle
+        settings = [
+            bundle.card.model_dump_json(),
+            digest_of(bundle.model.state_dict()),
+            segmenter.refine,
+            segmenter.precision,
+            segmenter.augment,
+        ]
+        self.journal = Journal(out, json.dumps([*settings, task.format, task.samples, [layer.name for layer in self.layers]]))
+
+    def key(self, picture: Picture) -> str:
+        """A picture as it is now; one that was replaced since is another."""
+        state = picture.path.stat()
+        return f"{picture} {state.st_size} {state.st_mtime_ns}"
+
+    def opened(self, numbered: tuple[int, Picture]) -> tuple[int, Source | ValueError | None]:
+        """The picture, or why it cannot be read, or None where there is nothing to do for this process."""
+        number, picture = numbered
+        if self.journal.settled(self.key(picture)) and self._is_written(picture):
+            return number, None
         try:
-            image = read_image(picture)  # 1 read
-            sampled = None if samples is None else segmenter._monte_carlo(image, str(picture), samples)
-            scores = segmenter._logits(image, str(picture)) if sampled is None else sampled.mean
+            return number, open_source(picture)
         except ValueError as error:
-            result.damaged[str(picture)] = str(error)
+            return number, error
+
+    def picture(self, number: int, source: Source | ValueError | None, write: Callable[..., None]) -> None:
+        """Predict one picture: all of its blocks that are this process's and not there yet."""
+        picture = self.pictures[number]
+        try:
+            if isinstance(source, ValueError):
+                raise source
+            if source is not None:
+                self._predict(number, picture, source, write)
+        except ValueError as error:
+            if self.task.strict or isinstance(error, _HopelessError):
+                raise
+            self.result.damaged[str(picture)] = str(error)
+            self._settle(picture)
+        self.progress(number + 1, len(self.pictures), picture.name)
+
+    def _predict(self, number: int, picture: Picture, source: Source, write: Callable[..., None]) -> None:
+        task, parts = self.task, self.journal.parts(self.key(picture))
+        targets = self._targets(picture, source)
+        planned = self._planned(source, parts)
+        streamer = self.segmenter.streamer(source, str(picture), planned.grid, planned.tiler, refined=task.samples is None)
+        mosaic = Mosaic(parts, planned.grid, self.layers)
+        alone = len(mosaic.grid.blocks) == 1 and targets["labels"].suffix == ".png"
+        mine = [block for n, block in enumerate(mosaic.grid.blocks) if (n + number) % task.shard[1] == task.shard[0]]
+        due = [block for block in mine if not mosaic.has(block)]
+        with ahead(map(streamer.region, due), WAITING) as regions:
+            for done, region in enumerate(regions, 1):  # 1 read
+                if task.strict and region.damage:
+                    raise ValueError(_hole(picture, *next(iter(region.damage.items()))))
+                arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
+                if alone:
+                    write(self._write_whole, picture, source, targets, arrays, region)  # 8 write
+                else:
+                    write(mosaic.put, region.block, arrays, region.damage)  # 8 write, a part of it
+                    self.progress(number, len(self.pictures), f"{picture.name}, block {len(mine) - len(due) + done} of {len(mine)}")
+        if not alone:
+            write(self._join, picture, source, targets, mosaic)
+
+    def _maps(self, streamer: Streamer, region: Region) -> dict[str, np.ndarray]:
+        task, classes = self.task, len(self.segmenter.classes)
+        if task.samples is None:
+            scores = streamer.scores(region)
+            maps = maps_of(scores, task.probabilities, task.entropy, self.segmenter.temperature)
         else:
-            labels = segmenter._labels(scores)
-            target = out / f"{picture.name}.png"
-            write_labels(target, labels, segmenter.colors)  # 8 write
-            if with_overlay:
-                unseen = int(np.iinfo(labels.dtype).max)  # a prediction ignores nothing
-                write_rgb(out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, segmenter.colors, ignore=unseen))
-            if with_probabilities:
-                probabilities = (scores / segmenter.temperature).softmax(0) if sampled is None else scores
-                write_array(out / "probabilities" / f"{picture.name}.npy", probabilities.half().cpu().numpy())
-            if sampled is not None:
-                write_array(out / "uncertainty" / f"{picture.name}.npy", sampled.uncertainty.half().cpu().numpy())
-            result.written.append(target)
-        if progress is not None:
-            progress(done, len(pictures), picture.name)
-    return result
+            drawn = sampled(streamer, region, task.samples)
+            scores = drawn.mean
+            maps = maps_of(scores, task.probabilities, task.entropy, None)
+            maps["uncertainty"] = drawn.uncertainty.half().cpu().numpy()
+        return {"labels": labels_of(scores, classes, region.known), **maps}
+
+    def _planned(self, source: Source, parts: Path) -> Plan:
+        """For a picture of one block nothing needs measuring; a larger one is cut as its first process, or its first run, decided."""
+        card, model = self.segmenter.bundle.card, self.segmenter.bundle.model
+        limits, small = self.task.limits, source.size[0] * source.size[1] <= WHOLE
+        if small and limits == Limits() and not parts.exists():
+            return Plan(Tiler(model, card.tile, card.overlap), one_block(source.size), 0, 0, 0, 0.0)
+        try:
+            found = self.segmenter.plan(source, limits, sum(max(layer.bands, 1) for layer in self.layers) - 1)
+        except ValueError as error:
+            raise _HopelessError(str(error)) from error
+        if len(found.grid.blocks) > 1 or parts.exists():
+            said = agreed(parts, {"tile": found.tiler.tile, "height": found.grid.block[0], "width": found.grid.block[1]})
+            tiler = Tiler(model, said["tile"], card.overlap, found.tiler.batch)
+            found = replace(found, tiler=tiler, grid=Grid(source.size, (said["height"], said["width"])))
+            self.tell(str(found))
+        return found
+
+    def _targets(self, picture: Picture, source: Source) -> dict[str, Path]:
+        kind = format_of(self.task.format, picture.path, source.size, source.place)
+        beside = "npy" if kind == "png" else kind
+        targets = {layer.name: self.out / layer.name / f"{picture.name}.{beside}" for layer in self.layers}
+        targets["labels"] = self.out / f"{picture.name}.{kind}"
+        if targets["labels"].resolve() in self.inputs:
+            raise _HopelessError(f"{targets['labels']} is an input, and the labels of {picture} would overwrite it; choose another folder.")
+        return targets
+
+    def _write_whole(
+        self, picture: Picture, source: Source, targets: dict[str, Path], arrays: dict[str, np.ndarray], region: Region
+    ) -> None:
+        write_labels(targets["labels"], arrays["labels"], self.segmenter.colors)
+        for name in arrays.keys() - {"labels"}:
+            write_array(targets[name], arrays[name])
+        if self.task.overlay:
+            height, width = source.size
+            self._write_overlay(picture, source.read(0, 0, height, width).pixels, arrays["labels"])
+        self._finish(picture, source, targets["labels"], region.damage)
+
+    def _join(self, picture: Picture, source: Source, targets: dict[str, Path], mosaic: Mosaic) -> None:
+        """Put the parts together, if all are there; another process may do so at the same time, and remove them first."""
+        if not mosaic.complete():
+            self.result.shared += 1
+            source.close()
+            return
+        try:
+            for name, path in targets.items():
+                if name != "labels":
+                    write_layer(path, mosaic, name, self.legend, source.place)
+            if self.task.overlay:
+                self._write_overlay(picture, *thinned(source, mosaic))
+            damage = mosaic.damage()
+            write_layer(targets["labels"], mosaic, "labels", self.legend, source.place)
+        except FileNotFoundError:
+            if not self.journal.settled(self.key(picture)):
+                raise
+            damage = {}
+        self._finish(picture, source, targets["labels"], damage)
+        mosaic.remove()
+
+    def _write_overlay(self, picture: Picture, image: np.ndarray, labels: np.ndarray) -> None:
+        unseen = int(np.iinfo(labels.dtype).max)
+        write_rgb(self.out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, self.segmenter.colors, ignore=unseen))
+
+    def _finish(self, picture: Picture, source: Source, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
+        source.close()
+        if damage:
+            self.result.holes[str(picture)] = [_hole(picture, where, why) for where, why in damage.items()]
+        self.result.written.append(target)
+        self._settle(picture)
+
+    def _settle(self, picture: Picture) -> None:
+        """One ordinary picture needs no journal."""
+        if len(self.pictures) > 1 or self.task.shard[1] > 1 or self.journal.folder.exists():
+            self.journal.settle(self.key(picture))
+
+    def _is_written(self, picture: Picture) -> bool:
+        """Noted among the written ones, where its labels are there."""
+        found = [path for kind in ("png", "tif", "zarr") if (path := self.out / f"{picture.name}.{kind}").exists()]
+        self.result.written += found[:1]
+        return bool(found)
 
 
-def _read(image: np.ndarray | Tensor | Path | str) -> tuple[np.ndarray, str]:
-    """Pixels (C, H, W), and what names them in errors."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image)), str(image)
-    return _as_bands(image), "image"
+class _HopelessError(ValueError):
+    """What would be wrong with the next picture too."""
 
 
-def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:
-    """(C, H, W) from an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3:
-            raise ValueError(f"a tensor image must be (C, H, W), got {tuple(image.shape)}")
-        array = image.cpu().numpy()
-    elif image.ndim == 2:
-        array = image[None]
-    elif image.ndim == 3:
-        array = np.moveaxis(image, -1, 0)
-    else:
-        raise ValueError(f"an array image must be (H, W) or (H, W, C), got {image.shape}")
-    if 0 in array.shape:
-        raise ValueError(f"the image has no pixels: its shape is {tuple(image.shape)}")
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    if array.dtype not in (np.uint8, np.uint16):
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError(f"the image has {int((~np.isfinite(array)).sum())} values that are NaN or infinite; replace them first")
-    return np.ascontiguousarray(array)
+def _hole(picture: Picture, where: tuple[int, int, int, int], why: str) -> str:
+    top, left, height, width = where
+    return f"{picture}: rows {top} to {top + height - 1}, columns {left} to {left + width - 1} are damaged ({why})"
 
 
-def _refuse_collisions(pictures: Sequence[Picture], out: Path) -> None:
+def _refuse_collisions(pictures: Sequence[Picture], out: Path, suffix: str) -> None:
     seen: dict[str, Picture] = {}
     inputs = {picture.path.resolve() for picture in pictures}
     for picture in pictures:
-        if (out / f"{picture.name}.png").resolve() in inputs:
-            raise ValueError(
-                f"{out / picture.name}.png is an input, and the labels of {picture} would overwrite it; choose another folder."
-            )
+        target = out / f"{picture.name}.{suffix}"
+        if target.resolve() in inputs:
+            raise ValueError(f"{target} is an input, and the labels of {picture} would overwrite it; choose another folder.")
         if picture.name in seen:
             both = f"{seen[picture.name]} and {picture}"
-            raise ValueError(f"{both} would both be written to {out / picture.name}.png; predict them into two folders.")
+            raise ValueError(f"{both} would both be written to {target}; predict them into two folders.")
         seen[picture.name] = picture

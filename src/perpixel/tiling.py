@@ -1,12 +1,20 @@
 """Cut and stitch, exactly. Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from perpixel.models.dependency import Dependency, dependency
 from perpixel.models.model import InputGeometry, SegmentationModel
+
+Read = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) inside the image -> (C, height, width) float, normalised
+Overlap = int | Literal["exact"]
 
 
 def mirror_pad(image: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -30,7 +38,12 @@ def mirror_pad(image: Tensor, top: int, bottom: int, left: int, right: int) -> T
     if min(top, bottom, left, right) < 0:
         raise ValueError(f"pads are {top}, {bottom}, {left}, {right} (top, bottom, left, right); none may be negative")
     height, width = image.shape[-2:]
-    return _window(image, -top, -left, top + height + bottom, left + width + right)
+    return _window(reader(image), (height, width), -top, -left, top + height + bottom, left + width + right)
+
+
+def reader(image: Tensor) -> Read:
+    """An image that is in memory, (..., H, W), as `Tiler` reads it."""
+    return lambda top, left, height, width: image[..., top : top + height, left : left + width]
 
 
 def predict_whole(model: SegmentationModel, image: Tensor) -> Tensor:
@@ -47,61 +60,291 @@ def predict_whole(model: SegmentationModel, image: Tensor) -> Tensor:
         ValueError: if `image` is not three-dimensional or not float.
     """
     height, width = _check(image)
-    sides = [_labelled(model.geometry, side) for side in (height, width)]
-    logits = _predict_windows(model, image, [(0, 0)], sides[0], sides[1])[0, :, :height, :width]
-    return logits.to(image.dtype, copy=True, memory_format=torch.contiguous_format)
+    return Tiler(model, max(height, width), 0).block(reader(image), (height, width), 0, 0, height, width)
 
 
-def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: int, batch: int = 1) -> Tensor:
-    """Logits of a whole image, predicted tile by tile.
-
-    Windows start at multiples of the model's geometry, so that its pooling sees the same phase in each of them. A model with a
-    margin therefore gives exactly what one pass over the whole image gives. A model without one pads inside, and sees less near
-    the border of a window: there neighbouring windows are blended by weights that fall towards the border.
+def predict_tiled(model: SegmentationModel, image: Tensor, tile: int, overlap: Overlap, batch: int = 1) -> Tensor:
+    """Logits of a whole image, predicted tile by tile; see `Tiler`.
 
     Args:
         model: in eval mode, on the device of `image`.
         image: (C, H, W) float, normalised as in training; any size from 1x1.
-        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide.
-        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile.
-        batch: windows that run through the model at a time.
+        tile, overlap, batch: as for `Tiler`.
 
     Returns:
         (K, H, W) logits, dtype and device of the image; K classes.
 
     Raises:
-        ValueError: if `image` is not three-dimensional or not float, or `tile`, `overlap` or `batch` is out of range.
+        ValueError: if `image` is not three-dimensional or not float, and as `Tiler`.
 
     Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2.
     """
     height, width = _check(image)
-    if not 0 <= overlap < tile:
-        raise ValueError(f"overlap is {overlap} and tile {tile} pixels; need 0 <= overlap < tile")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; at least 1 window runs at a time")
-    # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
-    cell = model.geometry.cell or model.geometry.multiple
-    wanted = max(tile, overlap + cell)
-    window_height, window_width = (_labelled(model.geometry, min(wanted, side)) for side in (height, width))
-    tops = _origins(height, window_height, overlap, cell)
-    lefts = _origins(width, window_width, overlap, cell)
-    if len(tops) == len(lefts) == 1:
-        return predict_whole(model, image)
-    ramps = [_ramp(side, overlap).to(image) for side in (window_height, window_width)]
-    weight = ramps[0][:, None] * ramps[1]
-    total = image.new_zeros(model.classes, height, width)
-    corners = list(product(tops, lefts))
-    for first in range(0, len(corners), batch):
-        some = corners[first : first + batch]
-        logits = _predict_windows(model, image, some, window_height, window_width)
-        for (top, left), part in zip(some, logits, strict=True):
-            inside = total[:, top : top + window_height, left : left + window_width]
-            shown = (slice(inside.shape[1]), slice(inside.shape[2]))
-            inside.addcmul_(part[(slice(None), *shown)].to(total.dtype), weight[shown])
-    # The weights of all windows at a pixel are the product of their sums along each axis.
-    total /= _cover(tops, ramps[0], height)[:, None]
-    total /= _cover(lefts, ramps[1], width)
-    return total
+    read = reader(image)
+    return Tiler(model, tile, overlap, batch).prepared(read, (height, width)).block(read, (height, width), 0, 0, height, width)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Along one axis: a window labels `size` pixels from `start` on, of which those from `first` to before `last` are used."""
+
+    start: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """All windows along one axis of an image."""
+
+    cuts: list[_Cut]
+    window: int  # pixels that each of them labels
+    overlap: int  # over which neighbours are blended
+
+    def touching(self, first: int, last: int) -> list[_Cut]:
+        return [cut for cut in self.cuts if cut.first < last and cut.last > first]
+
+
+class Kept:
+    """What windows over the border of a block say of the blocks to the right and below, so that these need not run them again.
+
+    Blocks of one image are expected row by row; in another order, or beyond `limit` bytes, windows are run again and nothing changes.
+    """
+
+    def __init__(self, limit: int = 2**27) -> None:
+        self._parts: dict[tuple[int, int], list[tuple[_Cut, _Cut, Tensor]]] = {}
+        self._bytes, self.limit = 0, limit
+
+    def take(self, row: _Cut, column: _Cut, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """(K, h, w): what that window says of a block, if all of it is here."""
+        rows, columns = _clipped(row, top, top + height), _clipped(column, left, left + width)
+        for down, right, part in self._parts.get((row.start, column.start), []):
+            if down.first <= rows.first and rows.last <= down.last and right.first <= columns.first and columns.last <= right.last:
+                inside = part[:, rows.first - down.first : rows.last - down.first]
+                return inside[:, :, columns.first - right.first : columns.last - right.first]
+        return None
+
+    def put(self, row: _Cut, column: _Cut, logits: Tensor, top: int, left: int, height: int, width: int) -> None:
+        """Keep what the window's logits say beyond the block."""
+        self._drop_before(top)
+        for down, right in ((row, _clipped(column, left + width, column.last)), (_clipped(row, top + height, row.last), column)):
+            if down.first >= down.last or right.first >= right.last:
+                continue
+            part = logits[:, down.first - row.start : down.last - row.start, right.first - column.start : right.last - column.start]
+            if self._bytes + part.nbytes <= self.limit:
+                self._parts.setdefault((row.start, column.start), []).append((down, right, part.clone()))
+                self._bytes += part.nbytes
+
+    def _drop_before(self, top: int) -> None:
+        """What ends above the block in hand."""
+        for key in [key for key, parts in self._parts.items() if all(down.last <= top for down, _, _ in parts)]:
+            self._bytes -= sum(part.nbytes for _, _, part in self._parts.pop(key))
+
+
+class Tiler:
+    """Predicts any part of an image of any size by windows; the lattice of windows is the image's, whatever part is asked for.
+
+    Windows start at multiples of the model's cell, so that its pooling sees the same phase in each of them. A model with a margin
+    therefore gives exactly what one pass over the whole image gives. A model without one pads inside, and sees less near the border of a
+    window. With a number as `overlap` neighbouring windows are blended there by weights that fall towards the border. With "exact" each
+    window shows all that its part of the logits depends on (`models.dependency`), and every pixel comes from one window: the result is
+    that of one pass over the whole image, up to the rounding of sums.
+
+    The whole image, there, is mirrored at the right and below to a size that the model can label, as in `predict_whole`; models that
+    resize maps (`Dependency.aligned`) may need a few pixels more.
+
+    Args:
+        model: in eval mode.
+        tile: side of the labelled window, in pixels; enlarged to the next legal one that is `overlap` and a step wide. With "exact" that
+            of the part which a window inside the image gives; what it shows around is added.
+        overlap: pixels shared by neighbouring windows at least, 0 <= overlap < tile; or "exact".
+        batch: windows that run through the model at a time; may be set anew between blocks.
+
+    Attributes:
+        window: side of the windows that the model sees in a large image, in pixels.
+
+    Raises:
+        ValueError: if `tile`, `overlap` or `batch` is out of range, or the model can't be predicted exactly by parts; the message says why.
+
+    Source: overlap-tile strategy, Ronneberger et al. 2015, arXiv:1505.04597, Fig. 2.
+    """
+
+    def __init__(self, model: SegmentationModel, tile: int, overlap: Overlap, batch: int = 1) -> None:
+        if overlap != "exact" and (isinstance(overlap, str) or not 0 <= overlap < tile):
+            raise ValueError(f"overlap is {overlap!r} and tile {tile} pixels; need 0 <= overlap < tile, or overlap 'exact'")
+        if tile < 1 or batch < 1:
+            raise ValueError(f"tile is {tile} pixels and batch {batch}; both must be at least 1")
+        self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
+        self.cell = model.geometry.cell or model.geometry.multiple
+        self.kept: Kept | None = None  # set one where the blocks of one image come row by row
+        self.field = dependency(model) if overlap == "exact" else None
+        if self.field and self.field.obstacle:
+            raise ValueError(f"this model can't be predicted exactly by parts: {self.field.obstacle}. Give overlap as a number of pixels")
+        self.mean: Tensor | None = None  # of the encoder's coarsest map over the image, for the layers that `field.means` names
+
+    @property
+    def window(self) -> int:
+        wanted = max(self.tile, self.overlap + self.cell) if isinstance(self.overlap, int) else self._with_halo()
+        return _labelled(self.model.geometry, wanted) + 2 * self.model.geometry.margin
+
+    def _with_halo(self) -> int:
+        """Labelled pixels that a window inside the image needs for its part."""
+        field = self.field or Dependency(self.cell)
+        return self.step + field.before + field.after
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the pixels that one pass over a whole image of `size` labels: the image, mirrored at the right and below."""
+        return self._whole_side(size[0]), self._whole_side(size[1])
+
+    def _whole_side(self, side: int) -> int:
+        geometry, aligned = self.model.geometry, self.field is not None and self.field.aligned
+        side = _labelled(geometry, side)
+        while aligned and (side + 2 * geometry.margin - geometry.remainder) % self.cell:
+            side += geometry.multiple
+        return side
+
+    @property
+    def step(self) -> int:
+        """From one window of a large image to the next, in pixels. Blocks that begin at multiples of it cut the fewest windows."""
+        if not isinstance(self.overlap, int):
+            return -(-self.tile // self.cell) * self.cell
+        wanted = _labelled(self.model.geometry, max(self.tile, self.overlap + self.cell))
+        return max((wanted - self.overlap) // self.cell * self.cell, self.cell)
+
+    def windows(self, size: tuple[int, int]) -> int:
+        """How many windows an image of `size` pixels has."""
+        return len(self._lattice(size[0]).cuts) * len(self._lattice(size[1]).cuts)
+
+    def reach(self, size: tuple[int, int], top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of what `block` reads, save for the little that mirroring in small images may add."""
+        sides: list[tuple[int, int]] = []
+        for side, start, count in ((size[0], top, height), (size[1], left, width)):
+            lattice, margin = self._lattice(side), self.model.geometry.margin
+            cuts = lattice.touching(start, start + count)
+            first = max(min(cut.start for cut in cuts) - margin, 0)
+            last = min(max(cut.start for cut in cuts) + lattice.window + margin, side)
+            sides.append((first, last - first))
+        return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+
+    def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
+        """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
+
+        In exact mode that is the mean of the encoder's coarsest map where a layer uses it (DeepLab v3): one pass of the encoder over all
+        windows, each pixel of the map counted once.
+
+        Args:
+            read: see `Read`.
+            size: (height, width) of the image in pixels.
+        """
+        rows, columns = (self._lattice(side) for side in size)
+        cuts = list(product(rows.cuts, columns.cuts))
+        if self.field is None or not self.field.means or len(cuts) == 1:
+            return self
+        total, count = torch.zeros(()), 0
+        for row, column in cuts:
+            window = self._seen(read, size, row, column, rows.window, columns.window)[None]
+            with torch.inference_mode():
+                coarsest = self.model.encoder(window.contiguous(memory_format=torch.channels_last)).maps[-1]
+            across, down = (_counted(cut, lattice, coarsest.shape[axis]) for cut, lattice, axis in ((row, rows, -2), (column, columns, -1)))
+            part = coarsest[0, :, across, down].double().flatten(1)
+            total, count = total.to(part.device) + part.sum(1), count + part.shape[1]
+        knowing = copy.copy(self)
+        knowing.mean = (total / count)[None, :, None, None].clone()
+        return knowing
+
+    def block(self, read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+        """(K, height, width) logits of that part of an image of `size` pixels, in the dtype and on the device of what `read` gives.
+
+        Beyond the image's border its windows see it mirrored. What `read` is asked for lies inside.
+
+        Raises:
+            ValueError: if the part does not lie in the image, or the tiler has to be `prepared` for it first.
+        """
+        if not (0 <= top < top + height <= size[0] and 0 <= left < left + width <= size[1]):
+            raise ValueError(f"a block of {height}x{width} pixels at {top}, {left} does not lie in an image of {size[0]}x{size[1]}")
+        rows, columns = (self._lattice(side) for side in size)
+        cuts = list(product(rows.touching(top, top + height), columns.touching(left, left + width)))
+        several = len(rows.cuts) * len(columns.cuts) > 1
+        if several and self.field and self.field.means and self.mean is None:
+            raise ValueError("this model takes a mean over the whole image; call prepared(read, size) first, and use the tiler it gives")
+        blended = several and self.field is None
+        parts = [self.kept.take(row, column, top, left, height, width) if self.kept else None for row, column in cuts]
+        fresh = self._run(read, size, rows, columns, [cut for cut, part in zip(cuts, parts, strict=True) if part is None])
+        total, weight = torch.empty(0), torch.empty(0)
+        for (row, column), part in zip(cuts, parts, strict=True):
+            into, down = _shared(row, top, height)
+            beside, right = _shared(column, left, width)
+            if part is None:
+                whole = next(fresh)
+                part = whole[:, down, right]
+                if self.kept:
+                    self.kept.put(row, column, whole, top, left, height, width)
+            if total.ndim == 1:
+                total = part.new_zeros(self.model.classes, height, width)
+                weight = (_ramp(rows.window, rows.overlap)[:, None] * _ramp(columns.window, columns.overlap)).to(total)
+            if blended:
+                total[:, into, beside].addcmul_(part, weight[down, right])
+            else:
+                total[:, into, beside] = part
+        if blended:
+            # The weights of all windows at a pixel are the product of their sums along each axis.
+            total /= _cover(rows, top, height).to(total)[:, None]
+            total /= _cover(columns, left, width).to(total)
+        return total
+
+    def _run(self, read: Read, size: tuple[int, int], rows: _Lattice, columns: _Lattice, cuts: list[tuple[_Cut, _Cut]]) -> Iterator[Tensor]:
+        """(K, window, window) logits of windows in order, in the dtype of what `read` gives; a batch at a time, when asked for."""
+        for number in range(0, len(cuts), self.batch):
+            some = cuts[number : number + self.batch]
+            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for row, column in some])
+            with torch.inference_mode(), self._knowing_the_mean():
+                logits: Tensor = self.model(windows.contiguous(memory_format=torch.channels_last))
+            yield from logits.to(windows.dtype)
+
+    @contextmanager
+    def _knowing_the_mean(self) -> Iterator[None]:
+        """Layers that take a mean over the image give the whole image's."""
+        mean, names = self.mean, self.field.means if self.field and self.mean is not None else ()
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(lambda _, __, own: own if mean is None else mean.to(own).expand_as(own))
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _lattice(self, side: int) -> _Lattice:
+        if self.field is None or isinstance(self.overlap, int):
+            return self._blended_lattice(side, 0 if self.overlap == "exact" else self.overlap)
+        return self._exact_lattice(side, self.field)
+
+    def _blended_lattice(self, side: int, overlap: int) -> _Lattice:
+        # Windows move by whole cells, so they are at least one larger than their overlap; and never need to be larger than the image.
+        window = _labelled(self.model.geometry, min(max(self.tile, overlap + self.cell), side))
+        step = max((window - overlap) // self.cell * self.cell, self.cell)  # a window as large as the side does not step at all
+        last = max(-(-(side - window) // self.cell) * self.cell, 0)
+        return _Lattice([_Cut(start, start, min(start + window, side)) for start in (*range(0, last, step), last)], window, overlap)
+
+    def _exact_lattice(self, side: int, field: Dependency) -> _Lattice:
+        """Parts that begin at multiples of the tile; a window around each, pushed inwards at the image's borders: there it ends too."""
+        whole, step = self._whole_side(side), self.step
+        # The last window ends where the image does and starts at a whole cell, so all leave the same remainder as the image.
+        window = self._with_halo()
+        window = min(window + (whole - window) % self.cell, whole)
+        cuts: list[_Cut] = []
+        for first in range(0, whole, step):
+            start, last = min(max(first - field.before, 0), whole - window), min(first + step, whole)
+            if cuts and cuts[-1].start == start:  # near a border, or in a small image, one window gives several parts
+                first = cuts.pop().first
+            cuts.append(_Cut(start, first, last))
+        return _Lattice(cuts, window, 0)
+
+    def _seen(self, read: Read, size: tuple[int, int], row: _Cut, column: _Cut, height: int, width: int) -> Tensor:
+        """(C, height + 2 * margin, width + 2 * margin) of the mirrored image."""
+        margin = self.model.geometry.margin
+        return _window(read, size, row.start - margin, column.start - margin, height + 2 * margin, width + 2 * margin)
 
 
 def _check(image: Tensor) -> tuple[int, int]:
@@ -117,11 +360,22 @@ def _labelled(geometry: InputGeometry, side: int) -> int:
     return geometry.fit(side + 2 * geometry.margin) - 2 * geometry.margin
 
 
-def _origins(side: int, window: int, overlap: int, cell: int) -> list[int]:
-    """Where windows start: multiples of `cell` that cover `side` pixels with at least `overlap` in common."""
-    step = max((window - overlap) // cell * cell, cell)  # a window as large as the side does not step at all
-    last = max(-(-(side - window) // cell) * cell, 0)
-    return [*range(0, last, step), last]
+def _counted(cut: _Cut, lattice: _Lattice, count: int) -> slice:
+    """Which of `count` positions of a coarse map of a window belong to its part: position 0 lies on the window's first pixel."""
+    stride = -(-lattice.window // count)
+    last = count if cut is lattice.cuts[-1] else (cut.last - cut.start) // stride
+    return slice((cut.first - cut.start) // stride, last)
+
+
+def _shared(cut: _Cut, start: int, count: int) -> tuple[slice, slice]:
+    """Where the used part of a window and `count` pixels from `start` meet: in these, and in the window."""
+    first, last = max(cut.first, start), min(cut.last, start + count)
+    return slice(first - start, last - start), slice(first - cut.start, last - cut.start)
+
+
+def _clipped(cut: _Cut, first: int, last: int) -> _Cut:
+    """The part of its used pixels from `first` to before `last`."""
+    return _Cut(cut.start, max(cut.first, first), min(cut.last, last))
 
 
 def _ramp(side: int, overlap: int) -> Tensor:
@@ -133,34 +387,25 @@ def _ramp(side: int, overlap: int) -> Tensor:
     return torch.sin(torch.pi / 2 * (distance / overlap).clamp(max=1)).square()
 
 
-def _cover(origins: list[int], ramp: Tensor, side: int) -> Tensor:
-    """The sum of the windows' weights at each pixel of a side."""
-    cover = ramp.new_zeros(side)
-    for origin in origins:
-        part = cover[origin : origin + len(ramp)]
-        part += ramp[: len(part)]
+def _cover(lattice: _Lattice, start: int, count: int) -> Tensor:
+    """The sum of the windows' weights at each of `count` pixels from `start`."""
+    ramp, cover = _ramp(lattice.window, lattice.overlap), torch.zeros(count, dtype=torch.float64)
+    for cut in lattice.touching(start, start + count):
+        into, of = _shared(cut, start, count)
+        cover[into] += ramp[of]
     return cover
 
 
-def _predict_windows(model: SegmentationModel, image: Tensor, corners: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """(N, K, height, width) logits of the windows whose labelled parts start at `corners`."""
-    margin = model.geometry.margin
-    windows = [_window(image, top - margin, left - margin, height + 2 * margin, width + 2 * margin) for top, left in corners]
-    with torch.inference_mode():
-        logits: Tensor = model(torch.stack(windows).contiguous(memory_format=torch.channels_last))
-    return logits
-
-
-def _window(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """A window of the endlessly mirrored image; a view where it lies inside."""
-    rows, columns = image.shape[-2:]
-    if top >= 0 and top + height <= rows:
-        image = image[..., top : top + height, :]
-    else:
-        image = image.index_select(-2, _mirrored(top, height, rows).to(image.device))
-    if left >= 0 and left + width <= columns:
-        return image[..., left : left + width]
-    return image.index_select(-1, _mirrored(left, width, columns).to(image.device))
+def _window(read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """A window of the endlessly mirrored image; only as much of it is read as the window shows."""
+    rows, columns = _mirrored(top, height, size[0]), _mirrored(left, width, size[1])
+    first, start = int(rows.min()), int(columns.min())
+    seen = read(first, start, int(rows.max()) - first + 1, int(columns.max()) - start + 1)
+    if top < 0 or top + height > size[0]:
+        seen = seen.index_select(-2, (rows - first).to(seen.device))
+    if left < 0 or left + width > size[1]:
+        seen = seen.index_select(-1, (columns - start).to(seen.device))
+    return seen
 
 
 def _mirrored(start: int, count: int, side: int) -> Tensor:

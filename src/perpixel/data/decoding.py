@@ -63,8 +63,8 @@ def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -
     Raises:
         PictureError: missing, forbidden, empty, not a picture, damaged, or more than `limit` pixels.
     """
-    with _explained(path, page):
-        if _is_tiff(path):
+    with explained(path, page):
+        if is_tiff(path):
             return _decode_tiff(path, page, limit, as_numbers)
         _refuse_page(path, page)
         bits, color = _png_depth(path)
@@ -78,10 +78,10 @@ def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -
 
 def read_header(path: Path, page: int | None, limit: int) -> Header:
     """Size, bands and type, without decoding pixels. Raises PictureError as `decode` does, where the header shows it."""
-    with _explained(path, page):
-        if _is_tiff(path):
+    with explained(path, page):
+        if is_tiff(path):
             with tifffile.TiffFile(path) as tiff:
-                return _tiff_header(_tiff_page(tiff, path, page), len(tiff.pages))
+                return tiff_header(tiff_page(tiff, path, page), len(tiff.pages))
         _refuse_page(path, page)
         bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
@@ -99,10 +99,10 @@ def read_header(path: Path, page: int | None, limit: int) -> Header:
 
 def read_file_palette(path: Path, page: int | None, limit: int) -> np.ndarray | None:
     """(n, 3) uint8 colours of a palette file, else None."""
-    with _explained(path, page):
-        if _is_tiff(path):
+    with explained(path, page):
+        if is_tiff(path):
             with tifffile.TiffFile(path) as tiff:
-                return _tiff_palette(_tiff_page(tiff, path, page))
+                return _tiff_palette(tiff_page(tiff, path, page))
         with _open_pillow(path, limit) as image:
             return _pillow_palette(image)
 
@@ -114,7 +114,7 @@ def stack_pages(path: Path) -> list[int]:
     off has one page more than can be found, so that reading that one names the damage instead of losing pages silently.
     """
     try:
-        if not path.is_file() or not _is_tiff(path):
+        if not path.is_file() or not is_tiff(path):
             return []
         with tifffile.TiffFile(path) as tiff:
             return _stack(tiff)
@@ -123,7 +123,7 @@ def stack_pages(path: Path) -> list[int]:
 
 
 @contextmanager
-def _explained(path: Path, page: int | None) -> Iterator[None]:
+def explained(path: Path, page: int | None) -> Iterator[None]:
     """Every failure as an PictureError that names the file. Decoders raise a dozen types, so all are caught."""
     name = f"{path}" if page is None else f"{path}[{page}]"
     try:
@@ -148,7 +148,7 @@ def _foreign(path: Path) -> str:
     return f"is not a picture perpixel can read (it begins with {start!r}). Legal: {', '.join(FORMATS)}. Export it again, or take it away"
 
 
-def _is_tiff(path: Path) -> bool:
+def is_tiff(path: Path) -> bool:
     """By content, not by name. Also the place where missing, empty and strange files are refused, before a decoder sees them."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
@@ -243,7 +243,7 @@ def _whole(page: Any) -> tifffile.TiffPage:
     return page if isinstance(page, tifffile.TiffPage) else page.aspage()
 
 
-def _tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None) -> tifffile.TiffPage:
+def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None) -> tifffile.TiffPage:
     count = len(tiff.pages)
     index = 0 if page is None else page
     if not 0 <= index < count:
@@ -308,9 +308,9 @@ def _tiff_alpha(page: tifffile.TiffPage) -> list[int]:
     return [first + i for i, kind in enumerate(page.extrasamples) if int(kind) in _ALPHA]
 
 
-def _tiff_header(page: tifffile.TiffPage, pages: int) -> Header:
+def tiff_header(page: tifffile.TiffPage, pages: int) -> Header:
     height, width = page.imagelength, page.imagewidth
-    if _tiff_orientation(page) >= 5:
+    if tiff_orientation(page) >= 5:
         height, width = width, height
     bands = page.samplesperpixel - len(_tiff_alpha(page))
     if page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
@@ -319,14 +319,14 @@ def _tiff_header(page: tifffile.TiffPage, pages: int) -> Header:
     return Header(height, width, bands, kind if kind in ("bool", "uint8", "uint16") else "float32", "", pages)
 
 
-def _tiff_orientation(page: tifffile.TiffPage) -> int:
+def tiff_orientation(page: tifffile.TiffPage) -> int:
     tag = page.tags.get(274)
     return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
 
 
 def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> Stored:
     with tifffile.TiffFile(path) as tiff:
-        found = _tiff_page(tiff, path, page)
+        found = tiff_page(tiff, path, page)
         _refuse_bomb(path, found.imagelength, found.imagewidth, limit)
         if page is None and (stack := _stack(tiff)):
             warnings.warn(f"{path}: holds {len(stack)} pages; only the first is used", stacklevel=4)
@@ -343,7 +343,7 @@ def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> 
                 compression = getattr(found.compression, "name", found.compression)
                 way = "pip install 'perpixel[tiff]' adds it"
                 raise PictureError(f"{path}: its compression ({compression}) needs imagecodecs; {way}") from None
-        return _from_tiff(found, _by_bands(found, pixels, path), as_numbers)
+        return from_tiff(found, _by_bands(found, pixels, path), as_numbers)
 
 
 def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -354,7 +354,7 @@ def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.nda
         pixels = pixels.transpose(2, 0, 1)
     elif page.axes != "SYX":
         raise PictureError(f"{path}: a page with axes {page.axes} is not a picture; write one picture per page")
-    orientation = _tiff_orientation(page)  # TIFF 6.0: which corner row 0 and column 0 are
+    orientation = tiff_orientation(page)  # TIFF 6.0: which corner row 0 and column 0 are
     if orientation >= 5:
         pixels = pixels.transpose(0, 2, 1)
     if orientation in (3, 4, 7, 8):
@@ -364,7 +364,7 @@ def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.nda
     return _native(pixels)
 
 
-def _from_tiff(page: tifffile.TiffPage, pixels: np.ndarray, as_numbers: bool) -> Stored:
+def from_tiff(page: tifffile.TiffPage, pixels: np.ndarray, as_numbers: bool) -> Stored:
     pixels = np.delete(pixels, _tiff_alpha(page), axis=0) if _tiff_alpha(page) else pixels
     if np.iscomplexobj(pixels):
         raise ValueError("complex numbers are no picture; write magnitude and phase as bands")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perpixel.models.encoders import DilationError, EncoderWeights, TimmEncoder, timm_encoder
-from perpixel.models.layers import initialise, resize_logits
+from perpixel.models.layers import ImageMean, initialise, resize_logits
 from perpixel.models.model import Features
 from perpixel.models.torchvision_trunks import TorchvisionTrunk, any_encoder
 
@@ -50,12 +50,17 @@ def separable_convolution(channels_in: int, channels_out: int, rate: int = 1) ->
     return nn.Sequential(single, nn.Conv2d(channels_in, channels_out, 1, bias=False))
 
 
-def zoom(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer."""
+def zoom(x: Tensor, size: tuple[int, int], precise: bool = False) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size), bilinear, corner pixels on corner pixels, in float32 at least; Caffe's `Interp` layer.
+
+    `precise`: in float64. PyTorch computes the place of a pixel in the precision of its value; at factors other than powers of two
+    float32 misses by what grows with the distance from the corner, so that a part of an image would not get what the whole gets.
+    """
     if x.shape[-2:] == size:
         return x
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    own = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(torch.float64 if precise else own)
+    return functional.interpolate(wide, size=size, mode="bilinear", align_corners=True).to(own)
 
 
 class ContextNorm(nn.BatchNorm2d):
@@ -94,6 +99,7 @@ class AtrousPyramid(nn.Module):
         separable: bool = False,
     ) -> None:
         super().__init__()
+        self.mean = ImageMean()
         self.context = normalised(nn.Conv2d(channels_in, width, 1, bias=False), momentum, ContextNorm) if image_pooling else None
         rated = [
             separable_convolution(channels_in, width, rate) if separable else atrous_convolution(channels_in, width, 3, rate, bias=False)
@@ -110,7 +116,7 @@ class AtrousPyramid(nn.Module):
         maps = [branch(x) for branch in self.branches]
         if self.context is not None:
             # Added to zeros in place of a mere expand: the sum keeps the memory format of the maps, and cat with it.
-            maps.insert(0, torch.zeros_like(maps[0]) + self.context(x.mean((2, 3), keepdim=True)))
+            maps.insert(0, torch.zeros_like(maps[0]) + self.context(self.mean(x)))
         return self.drop(self.project(torch.cat(maps, dim=1)))
 
 

@@ -79,7 +79,7 @@ class ScaledEncoder(nn.Module):
         height, width = image.shape[-2:]
         smaller = [(1 + round((height - 1) * scale), 1 + round((width - 1) * scale)) for scale in self.scales]
         # In the precision of the image: what autocast does with it is the trunk's affair.
-        return Features([self.trunk(x).maps[-1] for x in (image, *(zoom(image, size) for size in smaller))])
+        return Features([self.trunk(x).maps[-1] for x in (image, *(zoom(image, size, precise=True) for size in smaller))])
 
 
 class MaxFusionDecoder(nn.Module):
@@ -99,7 +99,7 @@ class MaxFusionDecoder(nn.Module):
         each = [self.head(x) for x in features.maps]
         fused = each[0]
         for smaller in each[1:]:
-            fused = torch.maximum(fused, zoom(smaller, (fused.shape[-2], fused.shape[-1])))
+            fused = torch.maximum(fused, zoom(smaller, (fused.shape[-2], fused.shape[-1]), precise=True))
         return [fused, *each]
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:

@@ -70,6 +70,13 @@ def center_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x[..., top : top + size[0], left : left + size[1]]
 
 
+class ImageMean(nn.Module):
+    """The mean of every map over the image: (N, C, H, W) -> (N, C, 1, 1). A layer of its own, so that tiles can be given the whole's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 class ImagePooling(nn.Module):
     """Appends what the whole image shows to every pixel: (N, C, H, W) -> (N, 2 * C, H, W).
 
@@ -79,10 +86,10 @@ class ImagePooling(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mix = nn.Linear(channels, channels)
+        self.mean, self.mix = ImageMean(), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        context = functional.relu(self.mix(x.mean((2, 3))))
+        context = functional.relu(self.mix(self.mean(x).flatten(1)))
         # Added to zeros in place of a mere expand: the sum keeps the memory format of x, and cat with it.
         return torch.cat([x, torch.zeros_like(x) + context[:, :, None, None]], dim=1)
 

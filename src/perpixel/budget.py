@@ -1,0 +1,192 @@
+"""How a large image is cut into blocks, tiles and batches, so that memory stays below a limit; and what it will take."""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from perpixel.data.mosaics import Grid
+from perpixel.data.windows import Source
+from perpixel.models.model import SegmentationModel
+from perpixel.tiling import Tiler
+
+WHOLE = 2**22  # pixels; an image up to this size is one block, so that a refiner sees all of it
+SIDE = 2048  # pixels, the largest side of a block: larger ones gain little and hold more
+SCORES = 2**28  # bytes of a block's scores where no limit is given
+BATCH = 16  # windows at a time on a GPU at most
+SHARE = 0.8  # of the free memory of a GPU that is used where no limit is given
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that the whole process (ram) and its GPU (vram) may hold; None: what the machine has."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a large image will take."""
+
+    tiler: Tiler
+    grid: Grid
+    windows: int
+    ram: int  # bytes, the peak that is expected of the process
+    vram: int  # bytes, of the GPU
+    seconds: float  # for all windows, by the time of one
+
+    def __str__(self) -> str:
+        height, width = self.grid.size
+        memory = f"about {self.ram / 2**20:,.0f} MB of memory" + (f", {self.vram / 2**20:,.0f} MB of the GPU's" if self.vram else "")
+        blocks = f"{len(self.grid.blocks)} blocks of {self.grid.block[0]}x{self.grid.block[1]}"
+        tiles = f"{self.windows:,} tiles of {self.tiler.window} pixels, {self.tiler.batch} at a time"
+        return f"{height:,} x {width:,} pixels: {blocks}, {tiles}; {memory}, about {_spoken(self.seconds)}"
+
+
+def parse_bytes(text: str) -> int:
+    """ "800M", "2G", "1.5GB", "2GiB" as bytes; units are powers of 1024.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"memory limit is {text!r}; legal is a number with a unit, such as 800M or 2G")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def one_block(size: tuple[int, int]) -> Grid:
+    """The whole image as one block."""
+    height, width = (-(-side // 16) * 16 for side in size)
+    return Grid(size, (height, width))
+
+
+def plan(
+    model: SegmentationModel,
+    source: Source,
+    bands: int,
+    tile: int,
+    overlap: int | Literal["exact"],
+    limits: Limits,
+    maps: int,
+    refined: bool,
+) -> Plan:
+    """Blocks, tile and batch for an image, below the limits; one window is run to see what it takes.
+
+    Args:
+        model: in eval mode, on its device.
+        source: the image.
+        bands: that the model takes.
+        tile, overlap: the bundle's; a smaller tile is taken only where the limits ask for it.
+        limits: on memory.
+        maps: values written per pixel beside the label (probabilities, entropy).
+        refined: whether a refiner follows, which holds a few copies of the scores.
+
+    Raises:
+        ValueError: if even the smallest tile and block do not fit, saying what they would need.
+    """
+    least = 0
+    while True:
+        tiler = Tiler(model, tile, overlap)
+        seconds, base, vram, vram_growth = _measured(model, tiler, bands)
+        room_vram = limits.vram if limits.vram is not None else int(SHARE * _free_vram(model))
+        for side in _sides(tiler, source.size):
+            grid = one_block(source.size) if side is None else Grid(source.size, side)
+            scores, held = _block_bytes(model, tiler, source, grid, maps, refined)
+            on_gpu = vram > 0
+            ram = base + held + (0 if on_gpu else scores)
+            gpu = vram + scores if on_gpu else 0
+            least = ram if not least else min(least, ram)
+            fits = ram <= limits.ram if limits.ram is not None else scores <= SCORES or side == _sides(tiler, source.size)[-1]
+            if fits and (not on_gpu or gpu <= room_vram):
+                batch = _batch(gpu, vram_growth, room_vram) if on_gpu else 1
+                tiler.batch = batch
+                total = seconds * tiler.windows(source.size)
+                return Plan(tiler, grid, tiler.windows(source.size), ram, gpu + (batch - 1) * vram_growth, total)
+        smaller = tile // 2
+        if overlap == "exact" or smaller <= overlap or Tiler(model, smaller, overlap).window >= tiler.window:
+            need = f"about {least / 2**20:,.0f} MB of memory" + (f" and {vram / 2**20:,.0f} MB of the GPU's" if vram else "")
+            raise ValueError(f"the smallest tile and block of this model need {need}; raise the limit, or take a smaller model")
+        tile = smaller
+
+
+def _sides(tiler: Tiler, size: tuple[int, int]) -> list[tuple[int, int] | None]:
+    """Blocks to try, largest first; None is the whole. They hold whole steps of the tiler where those fit the tiles of a label TIFF."""
+    unit = tiler.step if tiler.step % 64 == 0 or (tiler.step % 16 == 0 and tiler.step <= 512) else 256
+    largest = max(SIDE // unit, 1)
+    sides: list[tuple[int, int] | None] = [(unit * n, unit * n) for n in range(largest, 0, -1)]
+    sides += [(side, side) for side in (512, 256) if side < unit]
+    return [None, *sides] if size[0] * size[1] <= WHOLE else sides
+
+
+def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, maps: int, refined: bool) -> tuple[int, int]:
+    """Bytes of a block's scores with what is computed from them; and of pixels read and outputs that wait for the writer."""
+    height, width = (min(side, full) for side, full in zip(grid.block, grid.size, strict=True))
+    pixels = height * width
+    scores = pixels * 4 * model.classes * (6 if refined else 2)
+    reach = 2 * (tiler.window - tiler.step)
+    region = (min(height + reach, grid.size[0])) * min(width + reach, grid.size[1]) * source.bands * 4
+    strips = (height + 2 * tiler.window) * grid.size[1] * source.bands * 2 if source.segment[1] >= grid.size[1] else 2**26
+    return scores, 3 * region + strips + 3 * pixels * (1 + 2 * maps)
+
+
+def _measured(model: SegmentationModel, tiler: Tiler, bands: int) -> tuple[float, int, int, int]:
+    """Seconds of a window; the process's peak memory in bytes with one; the GPU's, and what one adds there, 0 where there is none."""
+    parameter = next(model.parameters())
+    window = torch.zeros(1, bands, tiler.window, tiler.window, device=parameter.device, dtype=parameter.dtype)
+    window = window.contiguous(memory_format=torch.channels_last)
+    gpu = parameter.device.type == "cuda"
+    before = torch.cuda.memory_allocated(parameter.device) if gpu else 0
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(parameter.device)
+    _forget_peak()
+    seconds = min(_timed(model, window) for _ in range(2))
+    peak = torch.cuda.max_memory_allocated(parameter.device) if gpu else 0
+    return seconds, _resident(), peak, peak - before
+
+
+def _timed(model: SegmentationModel, window: Tensor) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model(window).sum().item()  # the sum waits for the GPU
+    return time.perf_counter() - start
+
+
+def _batch(gpu: int, growth: int, room: int) -> int:
+    batch = 1
+    while batch < BATCH and gpu + (2 * batch - 1) * growth <= room:
+        batch *= 2
+    return batch
+
+
+def _free_vram(model: SegmentationModel) -> int:
+    device = next(model.parameters()).device
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _resident() -> int:
+    """Bytes of the process that were in memory at most (Linux, proc(5), VmHWM); 0 where the system does not say."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _forget_peak() -> None:
+    """The peak begins anew (Linux, proc(5), clear_refs 5); elsewhere it is that of the process so far, which is no less."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
+
+
+def _spoken(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

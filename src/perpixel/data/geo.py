@@ -1,0 +1,85 @@
+"""Where a picture lies on Earth: GeoTIFF tags, and rasters that rasterio (extra `[geo]`) opens.
+
+GeoTIFF itself needs no rasterio: the tags of the picture are copied to its labels as they stand. Source: OGC GeoTIFF 1.1 (19-008r4).
+"""
+
+import threading
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from perpixel.data.decoding import PictureError, explained
+from perpixel.data.images import Picture
+from perpixel.data.windows import Place, Window, as_window, without_nodata
+
+GEO_SUFFIXES = frozenset({".vrt", ".img"})  # mosaics of files and Erdas Imagine; GeoTIFF goes by its content
+# ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+NODATA_TAG = 42113  # GDAL_NODATA, a number as text
+
+
+def place_of(page: tifffile.TiffPage) -> Place:
+    """The geographic tags of a TIFF page, and its number for "no data"."""
+    tags = [page.tags[code] for code in GEO_TAGS if code in page.tags]
+    nodata: float | None = None
+    if NODATA_TAG in page.tags:
+        try:
+            nodata = float(str(page.tags[NODATA_TAG].value).strip("\0 "))
+        except ValueError:
+            nodata = None  # GDAL's own reader ignores what is no number
+    return Place(tuple((tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags), nodata)
+
+
+def open_raster(picture: Picture) -> "RasterSource":
+    """A raster that GDAL reads. PictureError where rasterio is missing."""
+    try:
+        rasterio = import_module("rasterio")
+    except ImportError:
+        raise PictureError(f"{picture}: this kind of file needs rasterio; pip install 'perpixel[geo]' adds it") from None
+    with explained(picture.path, picture.page):
+        return RasterSource(picture, rasterio)
+
+
+class RasterSource:
+    """Windows of a raster by rasterio; its alpha band is what is not known."""
+
+    def __init__(self, picture: Picture, rasterio: Any) -> None:
+        self.picture, self._lock = picture, threading.Lock()  # a GDAL data set serves one thread at a time
+        self._rasterio, self._file = rasterio, rasterio.open(picture.path)
+        self.size = (self._file.height, self._file.width)
+        alpha = rasterio.enums.ColorInterp.alpha
+        self._indices = [number for number, kind in enumerate(self._file.colorinterp, 1) if kind != alpha]
+        self.bands, self.segment = len(self._indices), self._file.block_shapes[0]
+        self.place = self._tags()
+
+    def keep(self, rows: int) -> None:
+        """GDAL has a cache of its own."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, top: int, left: int, height: int, width: int) -> Window:
+        where = self._rasterio.windows.Window(left, top, width, height)
+        with self._lock, explained(self.picture.path, None):
+            try:
+                pixels = self._file.read(self._indices, window=where)
+            except self._rasterio.errors.RasterioIOError as error:
+                pixels = np.zeros((self.bands, height, width), self._file.dtypes[0])
+                why = " ".join(str(error).split())[:200]
+                return as_window(pixels, np.zeros((height, width), bool), {(top, left, height, width): why})
+        return as_window(pixels, without_nodata(pixels, None, self.place.nodata), {})
+
+    def _tags(self) -> Place:
+        """The tags that GDAL itself would write for this place."""
+        profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8"}
+        if self._file.transform.is_identity and self._file.crs is None:
+            return Place(nodata=self._file.nodata)
+        with self._rasterio.MemoryFile() as memory:
+            with memory.open(**profile, crs=self._file.crs, transform=self._file.transform) as small:
+                small.write(np.zeros((1, 1, 1), np.uint8))
+            memory.seek(0)
+            with tifffile.TiffFile(memory) as tiff:
+                return Place(place_of(tiff.pages[0]).tags, self._file.nodata)

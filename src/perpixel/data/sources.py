@@ -1,0 +1,71 @@
+"""Find and open pictures of any kind and size, to be read window by window."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from perpixel.data.decoding import PictureError, explained, is_tiff
+from perpixel.data.geo import GEO_SUFFIXES, open_raster
+from perpixel.data.images import IMAGE_SUFFIXES, Picture, find_pictures, read_image
+from perpixel.data.tiff_windows import BandPages, TiffSource, ome_slices, tiff_in_parts
+from perpixel.data.windows import Source, WholeSource
+from perpixel.data.zarr_windows import ZarrSource, is_zarr, zarr_slices
+
+
+def find_sources(inputs: Sequence[str | Path]) -> list[Picture]:
+    """As `find_pictures`; also zarr stores and rasters for GDAL, named or in a folder. Each slice of a store or an OME-TIFF is a picture.
+
+    Raises:
+        ValueError: as `find_pictures`.
+    """
+    found: list[Picture] = []
+    for given in inputs:
+        path = Path(given)
+        beside = [path] if is_zarr(path) else sorted(filter(_special, path.iterdir())) if path.is_dir() else []
+        for special in beside:
+            found += zarr_slices(special) if is_zarr(special) else [Picture(special)]
+        if not beside or any(_is_ordinary(inside) for inside in path.iterdir() if not is_zarr(path)):
+            found += find_pictures([given])
+    if not inputs:
+        return find_pictures(inputs)  # which says what is missing
+    return _with_bands_together(dict.fromkeys(found))
+
+
+def _special(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.suffix.lower() in GEO_SUFFIXES or is_zarr(path))
+
+
+def _is_ordinary(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _with_bands_together(pictures: Iterable[Picture]) -> list[Picture]:
+    """Pages that are bands of an OME-TIFF become its slices, numbered as `open_source` takes them."""
+    found: dict[Picture, None] = {}
+    slices: dict[Path, list[Picture]] = {}
+    for picture in pictures:
+        if picture.page is not None and picture.path not in slices:
+            count = len(ome_slices(picture.path) or [])
+            slices[picture.path] = [Picture(picture.path, number if count > 1 else None) for number in range(count)]
+        found.update(dict.fromkeys(slices.get(picture.path) or [picture]))
+    return list(found)
+
+
+def open_source(picture: Picture) -> Source:
+    """The picture, to be read window by window.
+
+    Raises:
+        PictureError (a ValueError): as `read_image`. PERPIXEL_MAX_PIXELS limits only what has to be decoded whole.
+    """
+    path = picture.path
+    if is_zarr(path):
+        return ZarrSource(picture)
+    if path.suffix.lower() in GEO_SUFFIXES:
+        return open_raster(picture)
+    if (slices := ome_slices(path)) is not None:
+        if not 0 <= (picture.page or 0) < len(slices):
+            raise PictureError(f"{picture}: there is no such slice, only 0 to {len(slices) - 1}")
+        return BandPages([TiffSource(Picture(path, page)) for page in slices[picture.page or 0]])
+    with explained(path, picture.page):
+        if is_tiff(path) and tiff_in_parts(picture):
+            return TiffSource(picture)
+    return WholeSource(read_image(picture))

@@ -1,0 +1,94 @@
+"""What it means to read a picture window by window: a `Source` gives any rectangle of it, and says what it does not know there.
+
+`sources.py` finds and opens them; `tiff_windows.py`, `zarr_windows.py` and `geo.py` read their kinds of file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from perpixel.data.images import FULL_SCALE
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on Earth a picture lies: GeoTIFF tags, copied as they stand, and the stored number that means "no data"."""
+
+    tags: tuple[tuple[int, int, int, Any, bool], ...] = ()  # (code, type, count, value, once), as tifffile writes them
+    nodata: float | None = None
+
+
+NO_PLACE = Place()
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a picture as read."""
+
+    pixels: np.ndarray  # (C, h, w) uint8, uint16 or float32, as `read_image` gives them
+    known: np.ndarray | None = None  # (h, w) bool, False where the file is damaged or says that it has no data; None: all known
+    damage: dict[tuple[int, int, int, int], str] = field(default_factory=dict)  # (top, left, height, width) of a segment -> why
+
+
+class Source(Protocol):
+    """A picture that can be read in parts."""
+
+    size: tuple[int, int]  # (height, width)
+    bands: int
+    place: Place  # where on Earth, if known
+    segment: tuple[int, int]  # (height, width) of what is decoded at a time
+
+    def read(self, top: int, left: int, height: int, width: int) -> Window:
+        """A window that lies wholly inside the picture. Raises PictureError where nothing of the file can be read."""
+        ...
+
+    def keep(self, rows: int) -> None:
+        """Windows of `rows` rows come from left to right, so strips have to be kept for all of them."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is read."""
+        ...
+
+
+@dataclass
+class WholeSource:
+    """A picture in memory, decoded once."""
+
+    pixels: np.ndarray  # (C, H, W)
+    place: Place = NO_PLACE
+
+    def __post_init__(self) -> None:
+        self.bands, self.size = self.pixels.shape[0], (self.pixels.shape[1], self.pixels.shape[2])
+        self.segment = self.size
+
+    def read(self, top: int, left: int, height: int, width: int) -> Window:
+        """A view."""
+        return Window(self.pixels[:, top : top + height, left : left + width])
+
+    def keep(self, rows: int) -> None:
+        """All is kept as it is."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:
+    """`known`, and False where every band has the file's number for "no data", or one is NaN or infinite. Those become 0 in `stored`."""
+    missing = np.zeros(stored.shape[1:], bool)
+    if stored.dtype.kind == "f":
+        missing |= ~np.isfinite(stored).all(0)
+    if nodata is not None and np.isfinite(nodata):
+        missing |= (stored == nodata).all(0)
+    if not missing.any():
+        return known
+    stored[:, missing] = 0
+    return ~missing if known is None else known & ~missing
+
+
+def as_window(pixels: np.ndarray, known: np.ndarray | None, damage: dict[Any, str]) -> Window:
+    """Number types as `read_image` gives them."""
+    if str(pixels.dtype) not in FULL_SCALE:
+        pixels = pixels.astype(np.float32)
+    return Window(np.ascontiguousarray(pixels), known, damage)

@@ -1,0 +1,181 @@
+"""A bundle in use: an image of any kind and size to logits, probabilities, labels."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perpixel.augmented import AugmentedTiler, View, views
+from perpixel.budget import WHOLE, Limits, Plan, one_block, plan
+from perpixel.bundle import Bundle, load_bundle
+from perpixel.data.images import Picture
+from perpixel.data.mosaics import Block, Grid
+from perpixel.data.sources import open_source
+from perpixel.data.windows import Source, WholeSource
+from perpixel.models.monte_carlo import MonteCarlo, monte_carlo
+from perpixel.streaming import PRECISIONS, Region, Streamer, labels_of
+from perpixel.tiling import Tiler
+
+
+class Segmenter:
+    """A bundle in use: `perpixel.load("RUN/best.safetensors").predict("photo.jpg")`.
+
+    Args:
+        bundle: on its device.
+        refine: see `load`.
+        precision: "float32", or "bf16", in which the network computes faster and labels differ by a few in ten thousand.
+        augment: "flips,rotations,scales", or some of them: the mean of the scores of so many views; see `augmented.views`.
+    """
+
+    def __init__(self, bundle: Bundle, refine: str = "bundle", precision: str = "float32", augment: str = "") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; legal is {' or '.join(PRECISIONS)}")
+        self.bundle, self.refine, self.refiner, self.precision = bundle, refine, bundle.refiner(refine), precision
+        self.augment, self.views, self.temperature = augment, views(augment), bundle.temperature(refine)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the indices that `predict` returns."""
+        return self.bundle.card.classes
+
+    @property
+    def colors(self) -> list[tuple[int, int, int]]:
+        """RGB colours of the classes, 0..255."""
+        return self.bundle.card.colors
+
+    def logits(self, image: np.ndarray | Tensor | Path | str) -> Tensor:
+        """(K, H, W) float32 real scores before softmax, at exactly the image's size, whatever its size; refined where there is a refiner.
+
+        They are held as a whole; `blocks` gives them piece by piece.
+
+        Args:
+            image: a file; an array (H, W) or (H, W, C); or a tensor (C, H, W); uint8, uint16 or floats 0..1.
+
+        Raises:
+            ValueError: unreadable file, or bands that differ from those the model was trained on.
+        """
+        source, name = _opened(image)
+        streamer = self.streamer(source, name, one_block(source.size))
+        return streamer.scores(streamer.region(streamer.grid.blocks[0]))
+
+    def blocks(
+        self, image: np.ndarray | Tensor | Path | str, limits: Limits | None = None
+    ) -> Iterator[tuple[Block, np.ndarray | None, Tensor]]:
+        """The logits of an image of any size, block by block, at constant memory: what a large image is scored by.
+
+        Yields:
+            The block (top, left, height, width); (h, w) bool that is False where the file is damaged or has no data, or None where all
+            is known; and the block's logits (K, h, w) float32, refined where there is a refiner. Blocks cover the image once, row by row.
+
+        Raises:
+            ValueError: as `logits`.
+        """
+        source, name = _opened(image)
+        streamer = self.streamer(source, name, None if limits is None else self.plan(source, limits).grid)
+        for region, scores in streamer.blocks(streamer.grid.blocks):
+            yield region.block, region.known, scores
+        source.close()
+
+    def plan(self, source: Source, limits: Limits, maps: int = 0) -> Plan:
+        """Blocks, tiles and batch for an image; see `perpixel.budget.plan`."""
+        card = self.bundle.card
+        once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, self.refiner is not None)
+        return replace(once, seconds=once.seconds * sum(view.scale**2 for view in self.views))
+
+    def streamer(self, source: Source, name: str, grid: Grid | None = None, tiler: Tiler | None = None, refined: bool = True) -> Streamer:
+        """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""
+        card = self.bundle.card
+        if grid is None:
+            planned = None if source.size[0] * source.size[1] <= WHOLE else self.plan(source, Limits())
+            grid, tiler = (one_block(source.size), tiler) if planned is None else (planned.grid, tiler or planned.tiler)
+        tiler = tiler or Tiler(self.bundle.model, card.tile, card.overlap)
+        augmented = tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
+        return Streamer(self.bundle, self.refiner if refined else None, source, augmented, grid, self.precision, name)
+
+    def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
+        """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
+
+        They are not refined: a refiner works on scores, and what the samples disagree about would be smoothed away.
+
+        Its `uncertainty` (H, W) is the mean of the variance over the classes.
+
+        Raises:
+            ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
+        """
+        source, name = _opened(image)
+        streamer = self.streamer(source, name, one_block(source.size), refined=False)
+        return sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
+
+    def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
+        """(K, H, W) float32 softmax probabilities, at the temperature that the bundle was calibrated to; see `logits`."""
+        return (self.logits(image) / self.temperature).softmax(0).cpu().numpy()
+
+    def predict(self, image: np.ndarray | Tensor | Path | str, samples: int | None = None) -> np.ndarray:
+        """(H, W) class indices, uint8 (uint16 above 255 classes); see `logits`, and `monte_carlo` for `samples`.
+
+        A large file is read and predicted block by block; only its labels are held. The type's highest number stands where it is damaged.
+        """
+        if samples is not None:
+            return labels_of(self.monte_carlo(image, samples).mean, len(self.classes))
+        source, name = _opened(image)
+        streamer = self.streamer(source, name)
+        labels = np.empty(source.size, np.uint8 if len(self.classes) <= 255 else np.uint16)
+        for region, scores in streamer.blocks(streamer.grid.blocks):
+            block = region.block
+            labels[block.top : block.top + block.height, block.left : block.left + block.width] = labels_of(
+                scores, len(self.classes), region.known
+            )
+        source.close()
+        return labels
+
+
+def load(bundle: Path | str, device: str | None = None, refine: str = "bundle", precision: str = "float32", augment: str = "") -> Segmenter:
+    """A segmenter from a bundle file, on the GPU where there is one (its own, of several processes) unless `device` says otherwise.
+
+    `refine`: "bundle": its scores are refined as `perpixel tune` found best, if it did; "none"; or the name of a refiner.
+    `precision`, `augment`: see `Segmenter`.
+
+    Raises:
+        ValueError: not a bundle, truncated, a pickle, or from a newer perpixel.
+    """
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    return Segmenter(load_bundle(Path(bundle), device or own), refine, precision, augment)
+
+
+def sampled(streamer: Streamer, region: Region, samples: int, seed: int = 0) -> MonteCarlo:
+    anything = torch.empty(0)  # the streamer reads what the model sees
+    return monte_carlo(streamer.bundle.model, anything, samples, seed, lambda _, __: streamer.stitched(region))
+
+
+def _opened(image: np.ndarray | Tensor | Path | str) -> tuple[Source, str]:
+    """A source, and what names it in errors."""
+    if isinstance(image, str | Path):
+        return open_source(Picture(Path(image))), str(image)
+    return WholeSource(_as_bands(image)), "image"
+
+
+def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:
+    """(C, H, W) from an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
+    if isinstance(image, Tensor):
+        if image.ndim != 3:
+            raise ValueError(f"a tensor image must be (C, H, W), got {tuple(image.shape)}")
+        array = image.cpu().numpy()
+    elif image.ndim == 2:
+        array = image[None]
+    elif image.ndim == 3:
+        array = np.moveaxis(image, -1, 0)
+    else:
+        raise ValueError(f"an array image must be (H, W) or (H, W, C), got {image.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"the image has no pixels: its shape is {tuple(image.shape)}")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.dtype not in (np.uint8, np.uint16):
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"the image has {int((~np.isfinite(array)).sum())} values that are NaN or infinite; replace them first")
+    return np.ascontiguousarray(array)
