@@ -110,7 +110,7 @@ def write_report(
 
     def read(index: int) -> tuple[np.ndarray, Tensor]:
         image = read_image(unlabelled[index])
-        return image, segmenter._logits(image, str(unlabelled[index]))
+        return image, segmenter.logits(torch.from_numpy(image))
 
     proposals, unread = propose([picture.name for picture in unlabelled], read, findings.colors, limit=limit, progress=progress)
     asked = ["perpixel", "evaluate", str(path), str(images), *([str(masks)] if masks else []), *(["--split", split] if split else [])]
