@@ -24,7 +24,7 @@ from record import write
 from perpixel.bundle import load_bundle
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.display import overlay
-from perpixel.data.layouts import find_layout, split_pairs
+from perpixel.data.layouts import find_layout
 from perpixel.data.writing import write_rgb
 from perpixel.metrics import tallies
 from perpixel.metrics.bands import Trimap
@@ -77,10 +77,10 @@ def main() -> None:
     for unary, path in (("strong", given.strong), ("weak", given.weak)):
         bundle = load_bundle(path)
         card = bundle.card
-        pairs = split_pairs([pair for pair in find_layout(given.images, None).pairs if pair.mask], card.val_fraction, card.split_seed)
-        data = LabelledImages([pair for pair in pairs if pair.split == "val"], bundle.label_map, card.bands, card.dtype, cache=False)
+        train, val = (find_layout(given.images).labelled(part, card.val_fraction, card.split_seed) for part in ("train", "val"))
+        data = LabelledImages(val, bundle.label_map, card.bands, card.dtype, cache=False)
         search = Search(bundle, data, float("inf"), None)
-        costs = learned_costs([pair.mask for pair in pairs if pair.split == "train"], bundle)
+        costs = learned_costs([pair.mask for pair in train if pair.mask], bundle.label_map, len(card.classes))
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
         for name, learned in itertools.product(REFINERS, (False, True)):

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
+from perpixel.data.images import Picture
+from perpixel.data.masks import LabelMap
 from perpixel.evaluate import evaluate
 from perpixel.predict import load
 from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, neighbours
@@ -161,6 +163,18 @@ def test_a_refiner_in_the_bundle_is_only_replaced_by_a_better_one(scenes, make_b
     assert path.read_bytes() == kept
 
 
+def test_mask_values_are_read_as_the_options_say(scenes, make_bundle, monkeypatch):
+    """Masks with 3 where the bundle knows 2: refused without the option, scored with it."""
+    for file in (scenes / "masks").iterdir():
+        labels = np.asarray(Image.open(file))
+        Image.fromarray(np.where(labels == 2, 3, labels).astype(np.uint8)).save(file)
+    gives(monkeypatch, noisy)
+    arguments = {"refiners": ["grid_mrf"], "minutes": 0.02, "split": "train"}
+    with pytest.raises(ValueError, match="3"):
+        tune(make_bundle(), scenes / "images", scenes / "masks", **arguments)
+    assert tune(make_bundle(), scenes / "images", scenes / "masks", labels={3: 2}, **arguments).images == 8
+
+
 def test_masks_of_another_set_are_refused_before_any_refiner_is_tried(scenes, make_bundle):
     for file in (scenes / "masks").iterdir():
         Image.fromarray(np.zeros((SIDE, SIDE), np.uint8)).save(file)
@@ -182,20 +196,19 @@ def _grid(scale):
     return defaults("dense_crf", scale / 255)
 
 
-def test_label_costs_are_learned_across_strips_of_void_where_objects_do_not_touch(scenes, make_bundle):
+def test_label_costs_are_learned_across_strips_of_void_where_objects_do_not_touch(scenes):
     """Classes 0 and 1 lie side by side with 3 void pixels between; 2 lies beside nothing."""
     labels = np.full((SIDE, SIDE), 255, np.uint8)
     labels[:20, :18], labels[:20, 21:], labels[30:, 10:20] = 0, 1, 2
     files = []
     for number in range(2):
-        files.append(scenes / f"strip{number}.png")
-        Image.fromarray(labels).save(files[-1])
-    bundle = load_bundle(make_bundle())
-    bundle.card.label_map["values"] = {0: 0, 1: 1, 2: 2, 255: 255}
-    assert learned_costs(files, bundle) is not None
+        files.append(Picture(scenes / f"strip{number}.png"))
+        Image.fromarray(labels).save(files[-1].path)
+    label_map = LabelMap({0: 0, 1: 1, 2: 2, 255: 255})
+    assert learned_costs(files, label_map, 3) is not None
     with pytest.raises(ValueError, match="no two"):
         fit_compatibility([labels], 3)  # where they had to touch
-    assert learned_costs([], bundle) is None
+    assert learned_costs([], label_map, 3) is None
 
 
 def test_one_image_tells_nothing_of_others(scenes, make_bundle, monkeypatch):

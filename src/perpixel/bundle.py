@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perpixel.data.images import FULL_SCALE
-from perpixel.data.masks import LabelMap
+from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
@@ -100,6 +100,17 @@ class Bundle:
     @property
     def label_map(self) -> LabelMap:
         return LabelMap.from_dict(self.card.label_map)
+
+    def relabelled(self, labels: Mapping[int, int]) -> LabelMap:
+        """The bundle's own label map, with `labels` (mask value -> class index, or 255 to ignore) over it; ValueError for another class."""
+        own, last = self.label_map, len(self.card.classes) - 1
+        for value, label in labels.items():
+            if label not in (*range(last + 1), IGNORE, own.ignore):
+                raise ValueError(
+                    f"label {value}={label}: the bundle has no class {label}, only 0 to {last}. Give one of these, or 'ignore'."
+                )
+        given = {value: own.ignore if label == IGNORE and last < IGNORE else label for value, label in labels.items()}
+        return LabelMap({**own.values, **given}, own.rgb, own.nearest, own.ignore)
 
     @property
     def full_scale(self) -> float:

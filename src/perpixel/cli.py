@@ -205,6 +205,7 @@ def tune(
     minutes: Annotated[float, typer.Option(min=0.01, help="Wall-clock budget.")] = 10.0,
     refiner: Annotated[list[str] | None, typer.Option(help="Search only this one; may be repeated.", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="The part to search on: val, or another.")] = "val",
+    label: Labels = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
     json: Json = False,
 ) -> None:
@@ -213,7 +214,17 @@ def tune(
     from perpixel.tune import tune as run
 
     with _live(json, "tuning") as progress:
-        result = run(bundle, images, masks, refiners=refiner, minutes=minutes, split=split, write=not dry_run, progress=progress)
+        result = run(
+            bundle,
+            images,
+            masks,
+            refiners=refiner,
+            minutes=minutes,
+            split=split,
+            labels=_labels(label),
+            write=not dry_run,
+            progress=progress,
+        )
     if json:
         _print_json(result.to_json())
     else:

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perpixel.bundle import Bundle, Card, load_bundle
+from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.dataset import LabelledImages
-from perpixel.data.layouts import Layout, Pair, find_layout, split_pairs
-from perpixel.data.masks import IGNORE, LabelMap
+from perpixel.data.layouts import find_layout
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.losses import cross_entropy
@@ -202,8 +201,8 @@ def evaluate(
     card = bundle.card
     gathered = Scores(scores, card.classes, bundle.temperature(refine), inside)
     layout = find_layout(images, masks)
-    pairs = _pairs(layout, split, card, str(images))
-    data = LabelledImages(pairs, _label_map(bundle, labels or {}), card.bands, card.dtype, cache=False)
+    pairs = layout.labelled(split, card.val_fraction, card.split_seed)
+    data = LabelledImages(pairs, bundle.relabelled(labels or {}), card.bands, card.dtype, cache=False)
     result = score(
         bundle.model,
         data,
@@ -226,29 +225,3 @@ def evaluate(
             f"the masks hold nothing but '{seen[0]}' under the bundle's label map: were they made for these classes? See --label"
         )
     return result
-
-
-def _label_map(bundle: Bundle, labels: Mapping[int, int]) -> LabelMap:
-    """The bundle's own label map, with `labels` (255 to ignore) over it."""
-    own, last = bundle.label_map, len(bundle.card.classes) - 1
-    for value, label in labels.items():
-        if label not in (*range(last + 1), IGNORE, own.ignore):
-            raise ValueError(f"label {value}={label}: the bundle has no class {label}, only 0 to {last}. Give one of these, or 'ignore'.")
-    given = {value: own.ignore if label == IGNORE and last < IGNORE else label for value, label in labels.items()}
-    return LabelMap({**own.values, **given}, own.rgb, own.nearest, own.ignore)
-
-
-def _pairs(layout: Layout, split: str | None, card: Card, images: str) -> list[Pair]:
-    """The labelled pairs to score. Where the set has no part for validation, it is split as the bundle's training split it."""
-    pairs = [pair for pair in layout.pairs if pair.mask is not None]
-    if split is None and any(pair.split in ("train", "val") for pair in pairs):
-        split = "val"
-    if split is not None:
-        pairs = split_pairs(pairs, card.val_fraction, card.split_seed)
-        parts = sorted({str(pair.split) for pair in pairs if pair.split})
-        pairs = [pair for pair in pairs if pair.split == split]
-        if not pairs:
-            raise ValueError(f"{images}: no images in the part '{split}'. Parts here: {', '.join(parts)}.")
-    if not pairs:
-        raise ValueError(f"{images}: no image with a mask was found, so there is nothing to score.")
-    return pairs

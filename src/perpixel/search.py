@@ -7,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from perpixel.bundle import Bundle
 from perpixel.data.dataset import LabelledImages
-from perpixel.data.masks import read_mask
+from perpixel.data.images import Picture
+from perpixel.data.masks import LabelMap, read_mask
 from perpixel.metrics import tallies
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.region import Region
@@ -53,7 +53,7 @@ class Search:
 
     def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None) -> None:
         self.bundle, self.progress = bundle, progress
-        self.ignore, self.classes = bundle.label_map.ignore, len(bundle.card.classes)
+        self.ignore, self.classes = images.label_map.ignore, len(bundle.card.classes)
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []
         self.damaged: dict[str, str] = {}
         self.tables: dict[str, tuple[Candidate, np.ndarray]] = {}
@@ -187,9 +187,8 @@ def _evenly(count: int) -> list[int]:
     return [index for index in order if index < count]
 
 
-def learned_costs(masks: Sequence[Any], bundle: Bundle) -> Costs | None:
+def learned_costs(masks: Sequence[Picture], label_map: LabelMap, classes: int) -> Costs | None:
     """Label costs of the training masks, across the void strips between objects where there are such; None if nothing is to be learned."""
-    label_map, classes = bundle.label_map, len(bundle.card.classes)
     if classes < 2:
         return None
 

@@ -5,7 +5,7 @@ the images it was searched on gains nothing. What is written is the best on all 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def tune(
     refiners: Sequence[str] | None = None,
     minutes: float = 10.0,
     split: str = "val",
+    labels: Mapping[int, int] | None = None,
     write: bool = True,
     device: str | None = None,
     progress: Progress | None = None,
@@ -125,6 +126,7 @@ def tune(
         refiners: names in `REFINERS` to search among; None: all.
         minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
         split: the part to search on; label costs are learned from the masks of the part "train".
+        labels: mask value -> class index or 255, over the bundle's own label map.
         write: False only reports.
         device: where to compute; None: on the GPU where there is one.
 
@@ -139,21 +141,21 @@ def tune(
         raise ValueError(f"minutes is {minutes}; a search needs more than 0")
     path = Path(bundle)
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    layout = find_layout(images, masks)
-    pairs = split_pairs([pair for pair in layout.pairs if pair.mask is not None], loaded.card.val_fraction, loaded.card.split_seed)
-    chosen = [pair for pair in pairs if pair.split == split]
-    if not chosen:
-        raise ValueError(f"{images}: no labelled images in the part '{split}' to tune on")
-    data = LabelledImages(chosen, loaded.label_map, loaded.card.bands, loaded.card.dtype, cache=False)
+    card, layout = loaded.card, find_layout(images, masks)
+    chosen = layout.labelled(split, card.val_fraction, card.split_seed)
+    label_map = loaded.relabelled(labels or {})
+    data = LabelledImages(chosen, label_map, card.bands, card.dtype, cache=False)
     search = Search(loaded, data, start + 60 * minutes * PREDICTING_SHARE, progress)
     if len(labelled := np.flatnonzero(search.plain[..., 1].sum(0))) < 2 <= search.classes:
-        what = f"hold nothing but '{loaded.card.classes[labelled[0]]}'" if len(labelled) else "have no labelled pixel"
+        what = f"hold nothing but '{card.classes[labelled[0]]}'" if len(labelled) else "have no labelled pixel"
         raise ValueError(f"{images}: the masks {what} under the bundle's label map, so there is nothing to tune on: were they made for it?")
-    own = loaded.card.refiner
+    own = card.refiner
     present = None if own is None else Candidate(own.name, own.options)
     if present is not None:
         search.attempt(present)
-    costs = learned_costs([pair.mask for pair in pairs if pair.split == "train"], loaded)
+    parts = split_pairs(layout.pairs, card.val_fraction, card.split_seed)
+    masks_to_learn = [pair.mask for pair in parts if pair.split == "train" and pair.mask is not None]
+    costs = learned_costs(masks_to_learn, label_map, search.classes)
     deadline = start + 60 * minutes - search.closing_seconds()
     for number, name in enumerate(refiners):
         now = time.monotonic()
@@ -162,14 +164,14 @@ def tune(
     result.damaged = {**layout.damaged, **search.damaged}
     result.seconds = time.monotonic() - start
     if write and result.accepted and result.chosen is not None:
-        card = loaded.card.model_copy(
+        written = card.model_copy(
             # The temperature was that of other scores.
             update={
                 "refiner": RefinerCard(name=result.chosen.name, options=result.chosen.options, gain=_gain(result)),
                 "temperature": None,
             }
         )
-        save_bundle(path, loaded.model.state_dict(), card)
+        save_bundle(path, loaded.model.state_dict(), written)
     return result
 
 

@@ -46,6 +46,26 @@ class Layout:
     damaged: Mapping[str, str] = field(default_factory=dict)  # file -> why it can't be part of a pair
     notes: tuple[str, ...] = ()  # what else a person should know of the pairing
 
+    def labelled(self, split: str | None, val_fraction: float, seed: int) -> list[Pair]:
+        """The pairs with masks of one part of the set, "train", "val" or "test"; open parts are made as `split_pairs` makes them.
+
+        None is "val" where the layout has a part for training or validation, else everything.
+
+        Raises:
+            ValueError: if there is none; names the parts there are.
+        """
+        pairs = [pair for pair in self.pairs if pair.mask is not None]
+        if not pairs:
+            raise ValueError(f"no image with a mask was found in these data ({self.kind}).")
+        if split is None and not any(pair.split in ("train", "val") for pair in pairs):
+            return pairs
+        split = split or "val"
+        pairs = split_pairs(pairs, val_fraction, seed)
+        if chosen := [pair for pair in pairs if pair.split == split]:
+            return chosen
+        parts = ", ".join(sorted({str(pair.split) for pair in pairs if pair.split}))
+        raise ValueError(f"no labelled images in the part '{split}' of these data ({self.kind}). Parts here: {parts}.")
+
 
 def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
     """The pairs in IMAGES, or in IMAGES and MASKS.
