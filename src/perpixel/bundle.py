@@ -136,6 +136,12 @@ class Bundle:
         spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
         return build_refiner(spec.name, spec.options, self.full_scale).to(next(self.model.parameters()).device)
 
+    def refiner_words(self, choice: str = "bundle") -> str:
+        """What `refiner` gives, for people: "none", or its name and where its options come from."""
+        if choice == "bundle" and self.card.refiner is not None:
+            return f"{self.card.refiner.name}, as `perpixel tune` found it"
+        return "none" if choice in ("bundle", "none") else f"{choice}, with its defaults"
+
     def temperature(self, choice: str = "bundle") -> float:
         """What to divide scores by before softmax; 1 where nothing was fitted, or not for scores refined by `choice` (see `refiner`)."""
         fitted = choice == "bundle" or (choice == "none" and self.card.refiner is None)

@@ -46,6 +46,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)  # what makes the scores doubtful
     scores: Scores | None = None  # of other kinds, where they were asked for
     absent: str = "union"  # the rule of every mean over classes, a key of `ABSENT_RULES`
+    refined: str = "none"  # by which refiner the scores were
 
     @property
     def confusion(self) -> Confusion:
@@ -85,6 +86,7 @@ class Evaluation:
             **self.confusion.to_dict(self.classes, self.absent),
             "image_means": {name: plain(value) for name, value in side_by_side["images"].items()},
             "cost": plain(self.cost),
+            "refined": self.refined,
             "intervals": {name: [plain(np.asarray(found.low)), plain(np.asarray(found.high))] for name, found in self.intervals().items()},
             **({} if self.scores is None else self.scores.to_json(self.absent)),
             "losses": {name: plain(loss) for name, loss in self.losses.items()},
@@ -214,7 +216,7 @@ def evaluate(
         refiner=bundle.refiner(refine),
         observers=[gathered, *observers],
     )
-    result.scores, result.absent = gathered, absent
+    result.scores, result.absent, result.refined = gathered, absent, bundle.refiner_words(refine)
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")

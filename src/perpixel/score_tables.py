@@ -27,6 +27,8 @@ def render(result: "Evaluation", console: Console) -> None:
         f"{content['images']} images. {ABSENT_RULES[result.absent]}[/]",
         soft_wrap=True,
     )
+    if result.refined != "none":
+        console.print(f"scores refined by {escape(result.refined)}; --refine none leaves it out", soft_wrap=True)
     for line in _group_lines(content):
         console.print(line, soft_wrap=True)
     cost = intervals["cost"]

@@ -122,7 +122,9 @@ def write_report(
         colors=findings.colors,
         scores=result.to_json(),
         intervals=result.intervals(),
-        facts=facts(card, run, path, f"{', '.join(str(part) for part in (images, masks) if part)} ({scored})", _refined(bundle, refine)),
+        facts=facts(
+            card, run, path, f"{', '.join(str(part) for part in (images, masks) if part)} ({scored})", bundle.refiner_words(refine)
+        ),
         commands=commands(run, path.parent, asked),
         run=run,
         confusions=findings.confusions.worst(),
@@ -142,9 +144,3 @@ def _looked_at(count: int, limit: int, unread: int) -> str:
     spread = f"{limit:,} of {count:,} images without masks, evenly spread, were looked at"
     words = spread if count > limit else f"{count:,} images without masks were looked at"
     return f"{words}; {unread} could not be read." if unread else f"{words}."
-
-
-def _refined(bundle: Bundle, refine: str) -> str:
-    if refine == "bundle" and bundle.card.refiner is not None:
-        return f"{bundle.card.refiner.name}, as `perpixel tune` found it"
-    return "none" if refine in ("bundle", "none") else refine
