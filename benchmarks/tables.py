@@ -129,7 +129,27 @@ def speed() -> str:
     return "\n".join([*lines, ""])
 
 
+def memory() -> str:
+    """One row per size of image of memory.py; nothing before it has been run."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("memory-evaluate-*.json"))]
+    if not runs:
+        return ""
+    lines = [
+        "## Memory of an evaluation",
+        "",
+        "`benchmarks/memory.py`: what the process holds beyond what it held after its first image, while all scores are "
+        "gathered; at most 500 MB are allowed.",
+        "",
+        "| command | machine | images | size | most above the first image | wall-clock |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=lambda run: run["size"]):
+        size, most = "x".join(map(str, run["size"])), f"**{run['most_above_first_megabytes']:.0f} MB**"
+        lines.append(f"| `{run['command']}` | {run['machine']} | {run['images']:,} | {size} | {most} | {run['seconds'] / 60:.1f} min |")
+    return "\n".join([*lines, ""])
+
+
 if __name__ == "__main__":
     parts = ["## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""]
-    parts += [upper_bounds(), refinement(), dense_crf(), speed()]
+    parts += [upper_bounds(), refinement(), dense_crf(), speed(), memory()]
     (HERE.parent / "docs" / "results.md").write_text("\n".join([HEAD, *parts]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perpixel.bundle import load_bundle
+from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
 from perpixel.evaluate import evaluate
 from perpixel.predict import load
 from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, neighbours
@@ -64,10 +64,13 @@ def miou_by_numpy(truth, guess):
 
 def test_a_refiner_that_helps_is_written_with_its_gain_and_then_used(scenes, make_bundle, monkeypatch):
     path = make_bundle()
+    bundle = load_bundle(path)
+    save_bundle(path, bundle.model.state_dict(), bundle.card.model_copy(update={"temperature": TemperatureCard(value=2.0)}))
     gives(monkeypatch, noisy)
     result = tune(path, scenes / "images", scenes / "masks", refiners=["dense_crf"], minutes=0.05, split="train")
     card = load_bundle(path).card
     assert result.accepted
+    assert card.temperature is None, "it was fitted on other scores"
     assert result.miou.low > 0.05
     assert result.boundary_after > result.boundary_before
     assert result.boundary.value == pytest.approx(result.boundary_after - result.boundary_before)

@@ -110,7 +110,7 @@ def _calibration_lines(found: Mapping[str, Any]) -> list[str]:
     before, after = found["before"], found["after"]
     words = f"calibration error {percent(before['ece'])}, Brier {_number(before['brier'])}"
     if after is None:
-        lines = [f"{words}; no temperature in the bundle (see perpixel calibrate)"]
+        lines = [f"{words}; no temperature in use (see perpixel calibrate)"]
     else:
         scaled = f"{percent(after['ece'])}, Brier {_number(after['brier'])}"
         lines = [f"{words}; with the bundle's temperature {found['temperature']:.3g}: {scaled}"]
