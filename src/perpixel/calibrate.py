@@ -53,7 +53,6 @@ class PixelSample:
 
     def merge(self, other: "PixelSample") -> None:
         """Add the images of another one with the same limits."""
-        self.pixels = min(self.pixels, other.pixels)
         self.images |= other.images
         self._thin(always=True)
 

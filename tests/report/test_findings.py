@@ -152,16 +152,38 @@ def test_a_planted_label_error_ranks_before_confusions_that_are_common():
     assert all(suspect.score < ranked[0].score / 2 for suspect in ranked[1:])
 
 
-def test_neither_thin_boundaries_nor_unsure_predictions_are_suspect():
+def halves():
+    """Truth with class 1 on the right, and a guess that sees it in a piece of the left as well."""
     truth = np.zeros((100, 100), int)
     truth[:, 50:] = 1
+    guess = truth.copy()
+    guess[20:60, 10:40] = 1
+    return truth, guess
+
+
+def test_a_boundary_three_pixels_off_is_not_suspect():
+    truth, _ = halves()
     shifted = np.roll(truth, 3, axis=1)
     shifted[:, :3] = 0
     findings = Findings(COLORS)
-    findings(scored(truth, shifted))  # a boundary three pixels off
-    unsure = truth.copy()
-    unsure[20:60, 10:40] = 1
-    findings(scored(truth, unsure, sureness=0.2))  # 38 % is the best of three, and not sure
+    findings(scored(truth, shifted))
+    assert findings.suspects.ranked() == []
+
+
+def test_a_region_less_sure_than_its_class_usually_is_is_not_suspect():
+    """Class 1 has a probability of 0.98 where the masks name it, and 0.62 in the region; as sure as usual, the region is suspect."""
+    truth, guess = halves()
+    for sureness, suspects in ((1.2, 0), (5.0, 1)):
+        findings = Findings(COLORS)
+        findings(scored(truth, truth, sureness=5.0))
+        findings(scored(np.zeros_like(truth), np.where(truth == 1, 0, guess), sureness=sureness))
+        assert len(findings.suspects.ranked()) == suspects
+
+
+def test_what_the_model_gives_less_than_half_is_not_suspect():
+    """Its best class has 38 % everywhere, so no region is less sure than usual."""
+    findings = Findings(COLORS)
+    findings(scored(*halves(), sureness=0.2))
     assert findings.suspects.ranked() == []
 
 

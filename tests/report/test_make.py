@@ -30,6 +30,7 @@ def test_evaluate_writes_a_report_of_what_it_prints(command, run, scenes, tmp_pa
     assert html.count("data-rank") == scores["images"] == 2
     assert "2 images without masks were looked at" in html
     assert f"perpixel evaluate {run / 'best.safetensors'}" in html
+    assert "scored on 2 validation images" in html
     assert "Learning curves" in html
     assert "as you asked" in html
 

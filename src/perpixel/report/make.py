@@ -66,10 +66,17 @@ def evaluate_and_report(
         progress=progress, observers=[] if findings is None else [findings],
     )  # fmt: skip
     if report is not None and findings is not None:
+        split = split or _usual_part(images, masks)
         write_report(
             Path(report), path, loaded, result, findings, images, masks, pool, split=split, refine=refine, progress=progress
         )  # fmt: skip
     return result
+
+
+def _usual_part(images: Path | str, masks: Path | str | None) -> str | None:
+    """The part that `evaluate` scores where none is asked for: "val" of a set that has parts, else None, everything."""
+    parts = {pair.split for pair in find_layout(images, masks).pairs if pair.mask is not None}
+    return "val" if parts & {"train", "val"} else None
 
 
 def unlabelled_images(images: Path | str, masks: Path | str | None, unlabelled: Path | str | None = None) -> list[Picture]:
@@ -101,7 +108,7 @@ def write_report(
         path, bundle: what was scored, from where; recipe.yaml and metrics.csv beside it are shown.
         result, findings: what `evaluate` gave on `images` and `masks`, and what its observer found.
         unlabelled: images without masks, of which `limit` at most are looked at.
-        split, refine: as `evaluate` was asked.
+        split, refine: what `evaluate` was asked for; None: the whole set.
     """
     card, run, count = bundle.card, read_run(path.parent), len(result.losses)
     name = Path(images).absolute().stem
