@@ -381,8 +381,9 @@ class FarMean(torch.nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(("reach", "equal"), [(streaming.CONTEXT, True), (streaming.CONTEXT + 16, False)])
-def test_a_refiner_that_looks_no_farther_than_the_context_does_to_blocks_what_it_does_to_the_whole(bundle, image, reach, equal):
+@pytest.mark.parametrize(("reach", "equal"), [(24, True), (27, False)])
+def test_a_refiner_that_looks_no_farther_than_the_context_does_to_blocks_what_it_does_to_the_whole(bundle, image, reach, equal, monkeypatch):
+    monkeypatch.setattr(streaming, "CONTEXT", 24)
     segmenter = load(bundle, device="cpu")
     segmenter.refiner = FarMean(reach)
     expected = segmenter.logits(tifffile.imread(image))
