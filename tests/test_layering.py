@@ -28,15 +28,17 @@ ARROWS = {
     "refine": {"data", "refinement"},
     "search": {"bundle", "data", "metrics", "refinement", "tiling"},
     "tune": {"bundle", "data", "metrics", "refinement", "search"},
-    "streaming": {"bundle", "data", "tiling"},
+    "certify": {"bundle", "data", "models", "tiling"},
+    "augmented": {"tiling"},
+    "streaming": {"augmented", "bundle", "data", "tiling"},
     "budget": {"data", "models", "tiling"},
-    "segmenter": {"budget", "bundle", "data", "models", "streaming", "tiling"},
+    "segmenter": {"augmented", "budget", "bundle", "data", "models", "streaming", "tiling"},
     "predict": {"budget", "bundle", "data", "models", "segmenter", "streaming", "tiling"},
     "progress": {"data", "evaluate", "recipe"},
     "run": {"bundle", "check", "data", "evaluate", "losses", "models", "optimisation", "progress", "recipe"},
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
-    "cli": {"budget", "check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
+    "cli": {"budget", "certify", "check", "data", "demo", "evaluate", "models", "predict", "recipe", "refine", "train", "tune"},
 }
 
 

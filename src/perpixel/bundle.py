@@ -70,7 +70,7 @@ class Card(BaseModel):
     colors: list[tuple[int, int, int]]
     label_map: dict[str, Any]
     tile: int
-    overlap: int
+    overlap: int | Literal["exact"]
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
     refiner: RefinerCard | None = None

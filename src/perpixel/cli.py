@@ -135,6 +135,9 @@ def predict(
     max_ram: Annotated[str | None, typer.Option(help="Memory the process may take: 2G, 800M.", show_default=False)] = None,
     max_vram: Annotated[str | None, typer.Option(help="Memory of the GPU it may take.", show_default=False)] = None,
     precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
+    tta: Annotated[
+        str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
+    ] = "",
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n shares of the work, counted from 1.", show_default=False)] = None,
 ) -> None:
     """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size.
@@ -148,7 +151,7 @@ def predict(
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
     task = Task(overlay, probabilities, entropy, samples, format_, strict, Limits(ram, vram), shard_of(shard))
     with _live(False, "predicting") as progress:
-        segmenter = load(bundle, refine=refine, precision=precision)
+        segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
         result = predict_files(segmenter, inputs, out, task, progress, lambda plan: console.print(escape(plan), soft_wrap=True))
     console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]")
     if result.shared:
@@ -203,6 +206,26 @@ def refine(
 
     written = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
     Console().print(f"{len(written)} label image{'s' * (len(written) != 1)} in [bold]{escape(str(out))}[/]")
+
+
+@app.command()
+def certify(
+    bundle: Bundle,
+    image: Annotated[Path | None, typer.Argument(help="An image file; left out: noise of an odd size.")] = None,
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the parts in pixels.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Compare a prediction by parts with that of the whole image. Exit code 0 where they are the same, 2 where they can't be or aren't."""
+    from perpixel.certify import certify as run
+    from perpixel.certify import render
+
+    certificate = run(bundle, image, tile)
+    if json:
+        _print_json(certificate.to_json())
+    else:
+        render(certificate, Console())
+    if not certificate.exact:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -67,7 +67,7 @@ def score(
     normalize: Normalize,
     classes: Sequence[str],
     tile: int,
-    overlap: int,
+    overlap: int | Literal["exact"],
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
     keep: Callable[[int, Tensor], None] | None = None,

@@ -139,10 +139,10 @@ class TrainSection(Section):
 
 
 class PredictSection(Section):
-    """How large an image the model sees at once, in pixels of the labelled window."""
+    """How large an image the model sees at once, in pixels of the labelled window; overlap "exact": as one pass over the whole image."""
 
     tile: int = Field(1024, ge=1)
-    overlap: int = Field(64, ge=0)
+    overlap: Annotated[int, Field(ge=0)] | Literal["exact"] = 64
 
 
 class Recipe(Section):

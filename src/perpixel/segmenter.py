@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perpixel.augmented import AugmentedTiler, View, views
 from perpixel.budget import WHOLE, Limits, Plan, one_block, plan
 from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.images import Picture
@@ -26,12 +28,14 @@ class Segmenter:
         bundle: on its device.
         refine: see `load`.
         precision: "float32", or "bf16", in which the network computes faster and labels differ by a few in ten thousand.
+        augment: "flips,rotations,scales", or some of them: the mean of the scores of so many views; see `augmented.views`.
     """
 
-    def __init__(self, bundle: Bundle, refine: str = "bundle", precision: str = "float32") -> None:
+    def __init__(self, bundle: Bundle, refine: str = "bundle", precision: str = "float32", augment: str = "") -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; legal is {' or '.join(PRECISIONS)}")
         self.bundle, self.refine, self.refiner, self.precision = bundle, refine, bundle.refiner(refine), precision
+        self.augment, self.views = augment, views(augment)
 
     @property
     def classes(self) -> list[str]:
@@ -79,7 +83,8 @@ class Segmenter:
     def plan(self, source: Source, limits: Limits, maps: int = 0) -> Plan:
         """Blocks, tiles and batch for an image; see `perpixel.budget.plan`."""
         card = self.bundle.card
-        return plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, self.refiner is not None)
+        once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, self.refiner is not None)
+        return replace(once, seconds=once.seconds * sum(view.scale**2 for view in self.views))
 
     def streamer(self, source: Source, name: str, grid: Grid | None = None, tiler: Tiler | None = None, refined: bool = True) -> Streamer:
         """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""
@@ -88,7 +93,8 @@ class Segmenter:
             planned = None if source.size[0] * source.size[1] <= WHOLE else self.plan(source, Limits())
             grid, tiler = (one_block(source.size), tiler) if planned is None else (planned.grid, tiler or planned.tiler)
         tiler = tiler or Tiler(self.bundle.model, card.tile, card.overlap)
-        return Streamer(self.bundle, self.refiner if refined else None, source, tiler, grid, self.precision, name)
+        augmented = tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
+        return Streamer(self.bundle, self.refiner if refined else None, source, augmented, grid, self.precision, name)
 
     def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
         """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
@@ -127,17 +133,17 @@ class Segmenter:
         return labels
 
 
-def load(bundle: Path | str, device: str | None = None, refine: str = "bundle", precision: str = "float32") -> Segmenter:
+def load(bundle: Path | str, device: str | None = None, refine: str = "bundle", precision: str = "float32", augment: str = "") -> Segmenter:
     """A segmenter from a bundle file, on the GPU where there is one (its own, of several processes) unless `device` says otherwise.
 
     `refine`: "bundle": its scores are refined as `perpixel tune` found best, if it did; "none"; or the name of a refiner.
-    `precision`: see `Segmenter`.
+    `precision`, `augment`: see `Segmenter`.
 
     Raises:
         ValueError: not a bundle, truncated, a pickle, or from a newer perpixel.
     """
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
-    return Segmenter(load_bundle(Path(bundle), device or own), refine, precision)
+    return Segmenter(load_bundle(Path(bundle), device or own), refine, precision, augment)
 
 
 def sampled(streamer: Streamer, region: Region, samples: int, seed: int = 0) -> MonteCarlo:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perpixel.augmented import AugmentedTiler
 from perpixel.bundle import Bundle
 from perpixel.data.dataset import conform
 from perpixel.data.mosaics import Block, Grid
@@ -53,13 +54,20 @@ class Streamer:
     """
 
     def __init__(
-        self, bundle: Bundle, refiner: nn.Module | None, source: Source, tiler: Tiler, grid: Grid, precision: str, name: str
+        self,
+        bundle: Bundle,
+        refiner: nn.Module | None,
+        source: Source,
+        tiler: Tiler | AugmentedTiler,
+        grid: Grid,
+        precision: str,
+        name: str,
     ) -> None:
         self.bundle, self.refiner, self.source, self.grid, self.precision, self.name = bundle, refiner, source, grid, precision, name
         self.device = next(bundle.model.parameters()).device
         source.keep(grid.block[0] + 2 * tiler.window)
         with self._computing():
-            self.tiler = tiler.prepared(self._reader(None), source.size)
+            self.tiler: Tiler | AugmentedTiler = tiler.prepared(self._reader(None), source.size)
         if len(grid.blocks) > 1:
             self.tiler.kept = Kept()
 

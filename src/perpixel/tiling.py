@@ -190,7 +190,18 @@ class Tiler:
     def _with_halo(self) -> int:
         """Labelled pixels that a window inside the image needs for its part."""
         field = self.field or Dependency(self.cell)
-        return -(-self.tile // self.cell) * self.cell + field.before + field.after
+        return self.step + field.before + field.after
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the pixels that one pass over a whole image of `size` labels: the image, mirrored at the right and below."""
+        return self._whole_side(size[0]), self._whole_side(size[1])
+
+    def _whole_side(self, side: int) -> int:
+        geometry, aligned = self.model.geometry, self.field is not None and self.field.aligned
+        side = _labelled(geometry, side)
+        while aligned and (side + 2 * geometry.margin - geometry.remainder) % self.cell:
+            side += geometry.multiple
+        return side
 
     @property
     def step(self) -> int:
@@ -318,10 +329,7 @@ class Tiler:
 
     def _exact_lattice(self, side: int, field: Dependency) -> _Lattice:
         """Parts that begin at multiples of the tile; a window around each, pushed inwards at the image's borders: there it ends too."""
-        geometry, step = self.model.geometry, -(-self.tile // self.cell) * self.cell
-        whole = _labelled(geometry, side)
-        while field.aligned and (whole + 2 * geometry.margin - geometry.remainder) % self.cell:
-            whole += geometry.multiple
+        whole, step = self._whole_side(side), self.step
         # The last window ends where the image does and starts at a whole cell, so all leave the same remainder as the image.
         window = self._with_halo()
         window = min(window + (whole - window) % self.cell, whole)

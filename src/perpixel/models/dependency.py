@@ -106,12 +106,15 @@ def _difference(one: _Profile, other: _Profile) -> str:
 def _profiles(model: SegmentationModel, size: tuple[int, int], cell: int) -> tuple[_Profile, _Profile] | None:
     """What the rows and the columns of an image see where no border touches them; None where these are less than two whole cells."""
     first = next(layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
-    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    image = torch.empty(1, first.in_channels, *size, device="meta")
-    with torch.no_grad(), _places(model) as place, Walk(image, place) as walk:
+    # Outside of inference mode, in which operations come in larger pieces than the rules know.
+    with torch.inference_mode(False), torch.no_grad(), _places(model) as place:
+        state = {name: value.detach().to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+        image = torch.empty(1, first.in_channels, *size, dtype=first.weight.dtype, device="meta")
+        walk = Walk(image, place)
         hook = model.encoder.register_forward_hook(lambda _, __, features: setattr(walk, "coarsest", features.maps[-1]))
         try:
-            logits = torch.func.functional_call(model, state, (image,))
+            with walk:
+                logits = torch.func.functional_call(model, state, (image,))
         finally:
             hook.remove()
     found = []
