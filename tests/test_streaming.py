@@ -382,7 +382,7 @@ class FarMean(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("reach", "equal"), [(24, True), (27, False)])
-def test_a_refiner_that_looks_no_farther_than_the_context_does_to_blocks_what_it_does_to_the_whole(bundle, image, reach, equal, monkeypatch):
+def test_a_refiner_that_looks_no_farther_than_the_context_makes_of_blocks_what_it_makes_of_all(bundle, image, reach, equal, monkeypatch):
     monkeypatch.setattr(streaming, "CONTEXT", 24)
     segmenter = load(bundle, device="cpu")
     segmenter.refiner = FarMean(reach)
