@@ -107,7 +107,7 @@ def memory(folder: Path, side: int, minutes: float) -> dict[str, Any]:
     return found
 
 
-def throughput(folder: Path, pairs: int, side: int = 4096) -> dict[str, Any]:
+def throughput(folder: Path, pairs: int, side: int) -> dict[str, Any]:
     """Prediction from file to file against the bare network on as many windows of the same size, in turns."""
     image, found = folder / "throughput.tif", {}
     write_image(image, side)
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[10_000, 30_000, 60_000])
     parser.add_argument("--minutes", type=float, default=120.0, help="for each side")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--throughput-side", type=int, default=4096)
     parser.add_argument("--agreement", type=Path, nargs=2, metavar=("BUNDLE", "IMAGES"))
     parser.add_argument("--only", nargs="+", choices=["memory", "throughput", "unet", "agreement"])
     given = parser.parse_args()
@@ -194,7 +195,7 @@ def main() -> None:
             results.setdefault("memory", {})[str(side)] = memory(folder, side, given.minutes)
             _write(results)
         if "throughput" in wanted:
-            results["throughput"] = throughput(folder, given.pairs)
+            results["throughput"] = throughput(folder, given.pairs, given.throughput_side)
         if "unet" in wanted:
             results["unet_2015_512x512"] = unet(folder, given.pairs)
         if "agreement" in wanted and given.agreement:
