@@ -47,7 +47,7 @@ class Plan:
         memory = f"about {self.ram / 2**20:,.0f} MB of memory" + (f", {self.vram / 2**20:,.0f} MB of the GPU's" if self.vram else "")
         blocks = f"{len(self.grid.blocks)} blocks of {self.grid.block[0]}x{self.grid.block[1]}"
         tiles = f"{self.windows:,} tiles of {self.tiler.window} pixels, {self.tiler.batch} at a time"
-        return f"{height:,} x {width:,} pixels: {blocks}, {tiles}; {memory}, about {_spoken(self.seconds)}"
+        return f"{height:,} x {width:,} pixels: {blocks}, {tiles}; {memory}; the network alone about {_spoken(self.seconds)}"
 
 
 def parse_bytes(text: str) -> int:

@@ -139,7 +139,8 @@ class _Run:
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
         bundle = segmenter.bundle
-        settings = [bundle.card.model_dump_json(), digest_of(bundle.model.state_dict()), segmenter.refine, segmenter.precision, segmenter.augment]
+        model = [bundle.card.model_dump_json(), digest_of(bundle.model.state_dict())]
+        settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment]
         self.journal = Journal(out, json.dumps([*settings, task.format, task.samples, [layer.name for layer in self.layers]]))
 
     def key(self, picture: Picture) -> str:

@@ -82,4 +82,4 @@ class RasterSource:
                 small.write(np.zeros((1, 1, 1), np.uint8))
             memory.seek(0)
             with tifffile.TiffFile(memory) as tiff:
-                return Place(place_of(tiff.pages[0]).tags, self._file.nodata)
+                return Place(place_of(tiff.pages.first).tags, self._file.nodata)

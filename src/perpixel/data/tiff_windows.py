@@ -45,7 +45,7 @@ def ome_slices(path: Path) -> list[list[int]] | None:
             axes = series.axes[: series.axes.index("Y")]
             if "C" not in axes or series.axes[len(axes) :] != "YX":
                 return None
-            numbers = np.array([page.index for page in series.pages]).reshape(series.shape[: len(axes)])
+            numbers = np.array([page.index for page in series.pages if page is not None]).reshape(series.shape[: len(axes)])
             return [
                 [int(page) for page in pages] for pages in np.moveaxis(numbers, axes.index("C"), -1).reshape(-1, series.sizes["channel"])
             ]

@@ -1,0 +1,188 @@
+"""Pictures read window by window: the same pixels as the whole, only what is touched is decoded, and damage is said."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from perpixel.data import tiff_windows
+from perpixel.data.images import Picture, read_image
+from perpixel.data.sources import find_sources, open_source
+from perpixel.data.tiff_windows import TiffSource
+
+SIZE = (150, 210)
+
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    values = np.random.default_rng(seed).integers(0, 255, shape)
+    return values.astype(dtype) if np.dtype(dtype).kind == "u" else (values / 255).astype(dtype)
+
+
+def windows_equal(source, whole, count=12):
+    """Random windows, a single pixel and everything."""
+    random = np.random.default_rng(1)
+    height, width = source.size
+    boxes = [(0, 0, height, width), (height - 1, width - 1, 1, 1)]
+    for _ in range(count):
+        h, w = int(random.integers(1, height + 1)), int(random.integers(1, width + 1))
+        boxes.append((int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1)), h, w))
+    for top, left, h, w in boxes:
+        window = source.read(top, left, h, w)
+        assert window.known is None
+        np.testing.assert_array_equal(window.pixels, whole[:, top : top + h, left : left + w])
+
+
+KINDS = {
+    "tiled": {"tile": (64, 48), "compression": "zlib", "predictor": True},
+    "striped": {"rowsperstrip": 7, "compression": "zlib"},
+    "strips_as_they_lie": {"rowsperstrip": 11},
+    "one_strip": {"rowsperstrip": 150},
+    "planar": {"tile": (32, 32), "planarconfig": "separate", "compression": "zlib"},
+    "planar_as_it_lies": {"planarconfig": "separate"},
+    "big_and_big_endian": {"tile": (64, 64), "bigtiff": True, "byteorder": ">"},
+    "lzw": {"tile": (64, 64), "compression": "lzw"},
+    "jpeg": {"tile": (64, 64), "compression": "jpeg"},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_window_of_a_tiff_is_that_part_of_the_whole(tmp_path, monkeypatch, kind, dtype):
+    if kind == "jpeg" and dtype != np.uint8:
+        pytest.skip("JPEG has 8 bits")
+    monkeypatch.setattr(tiff_windows, "SMALL", 0)
+    path = tmp_path / "a.tif"
+    pixels = noise(3, *SIZE, dtype=dtype) if "planar" in kind else noise(*SIZE, 3, dtype=dtype)
+    tifffile.imwrite(path, pixels, photometric="rgb", **KINDS[kind])
+    source = open_source(Picture(path))
+    assert isinstance(source, TiffSource)
+    assert (source.size, source.bands) == (SIZE, 3)
+    if kind == "jpeg":  # lossy: Pillow and imagecodecs may round differently
+        np.testing.assert_allclose(source.read(0, 0, *SIZE).pixels.astype(int), read_image(path).astype(int), atol=3)
+    else:
+        windows_equal(source, read_image(path))
+    source.close()
+
+
+def test_palettes_inverted_grey_one_bit_and_alpha_are_read_in_windows_as_in_the_whole(tmp_path):
+    colours = noise(3, 256, dtype=np.uint16) * 257
+    tifffile.imwrite(tmp_path / "palette.tif", noise(*SIZE), photometric="palette", colormap=colours, tile=(64, 64))
+    tifffile.imwrite(tmp_path / "inverted.tif", noise(*SIZE), photometric="miniswhite", tile=(64, 64))
+    tifffile.imwrite(tmp_path / "bits.tif", noise(*SIZE) > 99, tile=(64, 64))
+    tifffile.imwrite(tmp_path / "alpha.tif", noise(*SIZE, 4), photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
+    for picture in find_sources([tmp_path]):
+        source = open_source(picture)
+        assert isinstance(source, TiffSource)
+        windows_equal(source, read_image(picture), count=4)
+
+
+def test_a_pyramid_gives_its_full_picture_and_a_stack_its_pages(tmp_path):
+    pixels = noise(*SIZE)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as file:
+        file.write(pixels, tile=(64, 64), subifds=1)
+        file.write(pixels[::2, ::2], tile=(64, 64), subfiletype=1)
+    volume = noise(3, *SIZE)
+    tifffile.imwrite(tmp_path / "stack.tif", volume, photometric="minisblack", tile=(64, 64))
+    pictures = find_sources([tmp_path])
+    assert [picture.name for picture in pictures] == ["pyramid", "stack_0000", "stack_0001", "stack_0002"]
+    for picture, whole in zip(pictures, [pixels, *volume], strict=True):
+        windows_equal(open_source(picture), whole[None], count=3)
+
+
+def test_channels_of_an_ome_tiff_are_bands_and_its_depth_slices(tmp_path):
+    values = noise(2, 3, *SIZE, dtype=np.uint16)  # Z, C
+    tifffile.imwrite(tmp_path / "cells.ome.tif", values, metadata={"axes": "ZCYX"}, photometric="minisblack", tile=(64, 64))
+    pictures = find_sources([tmp_path])
+    assert [picture.page for picture in pictures] == [0, 1]
+    for picture, whole in zip(pictures, values, strict=True):
+        source = open_source(picture)
+        assert source.bands == 3
+        windows_equal(source, whole, count=3)
+
+
+def test_a_strip_is_decoded_once_for_a_row_of_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiff_windows, "SMALL", 0)
+    monkeypatch.setattr(tiff_windows, "KEPT_BYTES", 1)
+    tifffile.imwrite(tmp_path / "a.tif", noise(640, 200), rowsperstrip=16, compression="zlib")
+    source = open_source(Picture(tmp_path / "a.tif"))
+    decoded = []
+    inner = source.page.decode
+    monkeypatch.setattr(source.page, "decode", lambda data, number, **rest: decoded.append(number) or inner(data, number, **rest))
+    source.keep(64)
+    source.read(0, 0, 1, 1)
+    decoded.clear()
+    for top in range(0, 640, 64):
+        for left in range(0, 200, 50):
+            source.read(top, left, 64, 50)
+    assert sorted(decoded) == list(range(1, 640 // 16))  # the first was decoded before
+    assert sum(part.nbytes for part in source._kept.values()) <= (64 + 32) * 200
+
+
+def test_the_limit_on_pixels_is_for_what_is_decoded_whole(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "tiled.tif", noise(*SIZE), tile=(64, 64), compression="zlib")
+    tifffile.imwrite(tmp_path / "whole.tif", noise(*SIZE), rowsperstrip=150, compression="zlib")
+    monkeypatch.setenv("PERPIXEL_MAX_PIXELS", "5000")
+    assert open_source(Picture(tmp_path / "tiled.tif")).read(0, 0, 100, 100).pixels.shape == (1, 100, 100)
+    monkeypatch.setattr(tiff_windows, "SMALL", 0)
+    with pytest.raises(ValueError, match=r"whole\.tif: is compressed in pieces of 150x210 pixels, .* limit .* 5,000\. Write it tiled"):
+        open_source(Picture(tmp_path / "whole.tif"))
+
+
+def break_tile(path, number):
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[number], tiff.pages[0].databytecounts[number]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * count)
+
+
+def test_a_damaged_tile_is_named_by_its_place_and_the_rest_is_read(tmp_path):
+    pixels = noise(*SIZE)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(64, 64), compression="zlib")
+    break_tile(tmp_path / "a.tif", 5)  # second row of tiles, second of four
+    window = open_source(Picture(tmp_path / "a.tif")).read(0, 0, *SIZE)
+    assert list(window.damage) == [(64, 64, 64, 64)]
+    expected = np.ones(SIZE, bool)
+    expected[64:128, 64:128] = False
+    assert np.array_equal(window.known, expected)
+    assert np.array_equal(window.pixels[0][expected], pixels[expected])
+
+
+def test_nodata_and_not_a_number_are_not_known(tmp_path):
+    pixels = noise(*SIZE)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(64, 64), extratags=[(42113, 2, 0, "7", True)])
+    values = noise(*SIZE, dtype=np.float32)
+    values[3, 4] = np.nan
+    tifffile.imwrite(tmp_path / "b.tif", values, tile=(64, 64))
+    window = open_source(Picture(tmp_path / "a.tif")).read(0, 0, *SIZE)
+    assert np.array_equal(window.known, pixels != 7)
+    window = open_source(Picture(tmp_path / "b.tif")).read(0, 0, 9, 9)
+    assert np.argwhere(~window.known).tolist() == [[3, 4]]
+    assert np.isfinite(window.pixels).all()
+
+
+def test_zarr_and_ome_zarr_are_read_in_windows_and_a_broken_chunk_is_damage(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    values = noise(2, 3, *SIZE, dtype=np.uint16)
+    group = zarr.create_group(tmp_path / "cells.zarr")
+    array = group.create_array("0", shape=values.shape, chunks=(1, 1, 64, 64), dtype="uint16")
+    array[:] = values
+    axes = [{"name": name} for name in "zcyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
+    colour = zarr.create_array(tmp_path / "colour.zarr", shape=(*SIZE, 3), chunks=(64, 64, 3), dtype="uint8")
+    colour[:] = noise(*SIZE, 3)
+    pictures = find_sources([tmp_path])
+    assert [picture.name for picture in pictures] == ["cells_0000", "cells_0001", "colour"]
+    for picture, whole in zip(pictures, [*values, noise(*SIZE, 3).transpose(2, 0, 1)], strict=True):
+        windows_equal(open_source(picture), whole, count=3)
+    (tmp_path / "colour.zarr" / "c" / "1" / "0" / "0").write_bytes(b"no")
+    window = open_source(pictures[2]).read(10, 10, 100, 100)
+    assert list(window.damage) == [(64, 0, 64, 64)]
+    assert not window.known[54:, :54].any()
+    assert window.known.sum() == 100 * 100 - 46 * 54
+
+
+def test_what_is_no_zarr_picture_is_refused(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(tmp_path / "line.zarr", shape=(9,), chunks=(3,), dtype="uint8")
+    with pytest.raises(ValueError, match=r"line\.zarr: an array with axes \[\] and shape \(9,\) is not a picture"):
+        open_source(Picture(tmp_path / "line.zarr"))
