@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -118,7 +118,7 @@ def test_whole_equals_tiled(case, monkeypatch, one_thread):
     field = dependency(model)
     assert not field.obstacle
 
-    @settings(max_examples=1 if case in SLOW else 2, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=1 if case in SLOW else 2, deadline=None, phases=[Phase.explicit, Phase.generate])
     @given(st.integers(1, 3), st.integers(0, 4), st.integers(1, 3 * field.cell), st.integers(1, 24), st.booleans(), st.integers(1, 3))
     def check(cells: int, less: int, more: int, short: int, tall: bool, batch: int) -> None:
         tile = cells * field.cell - less % field.cell  # rounded up to whole cells
