@@ -118,20 +118,20 @@ class _Terms:
         tables, opened = self._tables(rows), gate()
 
         def work(number: int, team: int) -> None:
-            pass_through(number, team, opened, lanes(rows.lanes), rows.chunks, values, out, *self._arrays(), tables, k)
+            pass_through(number, team, opened, lanes(rows.lanes), lanes(rows.chunks), values, out, *self._arrays(), tables, k)
 
         in_team(work, min(self.threads, len(values)))
         return out
 
     def _tables(self, rows: Rows) -> Array:
         """Where each thread splats, and one more."""
-        tables = aligned(self.threads + 1, self.lattices.neighbours.shape[1] * rows.width)
+        tables = aligned(self.threads + 1, int(self.lattices.starts[-1]) * rows.width)
         tables[:, : rows.width] = 0  # the row that no pixel touches; threads clear the rest themselves
         return tables
 
     def _arrays(self) -> tuple[Any, ...]:
         found = self.lattices
-        return (found.rows, self.splat, self.slice, found.neighbours, found.columns, found.starts)
+        return (found.rows, self.splat, self.slice, found.columns, found.starts, found.chains, found.links)
 
 
 class MeanField:
@@ -241,7 +241,7 @@ class MeanField:
 
         def work(number: int, team: int) -> None:
             infer(
-                number, team, opened, lanes(rows.lanes), rows.chunks, self.labels - 1, self._scores.reshape(-1), begin.reshape(-1),
+                number, team, opened, lanes(rows.lanes), lanes(rows.chunks), self.labels - 1, self._scores.reshape(-1), begin.reshape(-1),
                 *terms._arrays(), tables, blocks, self._matrices, self._mixed, kept, changes, out,
                 iterations, np.float32(damping), np.float32(tolerance), coarse,
             )  # fmt: skip
