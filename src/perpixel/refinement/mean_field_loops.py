@@ -146,11 +146,12 @@ def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def update(  # type: ignore[no-untyped-def]
-    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
+    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
 ):
     """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
+        width, chunks, terms: tuples as long as a vector, a row in vectors, and a pixel's vertices in all lattices: the compiler knows lengths.
         unary: (P * width,) scores before messages.
         blurred: the table to slice, unless `turn` is 0.
         own: the table to splat into.
@@ -160,7 +161,7 @@ def update(  # type: ignore[no-untyped-def]
     """
     lanes = len(width)
     size = len(chunks) * lanes
-    terms = rows.shape[1]
+    corners = len(terms)
     spare = np.float32(1 - (size - channels))
     scores = block[: BLOCK * (size + 1)]
     powers = block[BLOCK * (size + 1) :]
@@ -176,7 +177,7 @@ def update(  # type: ignore[no-untyped-def]
                 i = b * lanes
                 score = load(unary, p * size + i, width)
                 if turn > 0:
-                    for j in range(p * terms, (p + 1) * terms):
+                    for j in range(p * corners, (p + 1) * corners):
                         score = add_scaled(score, fetch(slices, j), load(blurred, fetch(rows, j) * size + i, width))
                 peak = max(peak, largest(score))
                 store(scores, n * size + i, score)
@@ -217,7 +218,7 @@ def update(  # type: ignore[no-untyped-def]
                 i = b * lanes
                 # Unused lanes give exactly 0: what rounding left there would grow from update to update where messages are strong.
                 q = above(load(powers, n * size + i, width), least, inverse * np.float32(step))
-                for j in range(p * terms, (p + 1) * terms):
+                for j in range(p * corners, (p + 1) * corners):
                     place = fetch(rows, j) * size + i
                     store(own, place, add_scaled(load(own, place, width), fetch(splat, j), q))
         if final:
@@ -241,7 +242,7 @@ def _write(out, start, count, scores, logs, size, channels, old, stride, damping
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def infer(  # type: ignore[no-untyped-def]
-    number, team, opened, width, chunks, channels, unary, begin, rows, splat, slices, columns, starts, chains, links,
+    number, team, opened, width, chunks, terms, channels, unary, begin, rows, splat, slices, columns, starts, chains, links,
     tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse,
 ):  # fmt: skip
     """One thread's part of mean field from the softmax of `begin`; writes the log-probabilities of the last update to `out`.
@@ -266,7 +267,7 @@ def infer(  # type: ignore[no-untyped-def]
             done = changes[:team].max() < tolerance
         final = done or turn == iterations
         changes[number] = update(
-            width, chunks, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
+            width, chunks, terms, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
             turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
         )  # fmt: skip
         if final:
