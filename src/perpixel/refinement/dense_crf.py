@@ -211,7 +211,7 @@ class DenseCRF(nn.Module):
             ]
             unary = -logits[n].detach().log_softmax(0).flatten(1).cpu().numpy()
             log_q = mean_field_cpu.mean_field(
-                unary, kernels, self._rounds(), damping=self.damping, tolerance=self.tolerance, fast=self.fast
+                unary, kernels, self._rounds(), damping=self.damping, tolerance=self.tolerance, fast=self.fast, width=logits.shape[-1]
             )
             refined.append(torch.from_numpy(log_q).view(logits.shape[1:]))
         return torch.stack(refined).to(logits)

@@ -137,16 +137,20 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
             store(table, r * size + i, vector)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
-def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
-    """Of two neighbours at p, where only one is updated, the one whose turn it is: a checkerboard that alternates where the width is odd,
-    columns that alternate where it is even."""
-    return p if step == 1 else min(p + (turn & 1), last - 1)
+@njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _pixel(p, last, step, turn, even):  # type: ignore[no-untyped-def]
+    """Of two neighbours at p, where only one is updated, the one whose turn it is, so that a checkerboard alternates.
+
+    `even` is the image's width where that is even, else 0: with an odd width every second pixel already is a checkerboard.
+    """
+    if step == 1:
+        return p
+    return min(p + ((turn + (p // even if even else 0)) & 1), last - 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def update(  # type: ignore[no-untyped-def]
-    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
+    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step, even
 ):
     """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
@@ -171,7 +175,7 @@ def update(  # type: ignore[no-untyped-def]
     for start in range(first, last, BLOCK * step):
         count = min(BLOCK, (last - start + step - 1) // step)
         for n in range(count):
-            p = _pixel(start + n * step, last, step, turn)
+            p = _pixel(start + n * step, last, step, turn, even)
             peak = np.float32(0)  # the last label's score
             for b in range(len(chunks)):
                 i = b * lanes
@@ -189,7 +193,7 @@ def update(  # type: ignore[no-untyped-def]
         for i in range(0, BLOCK * (size + 1), BLOCK):
             store(powers, i, power(load(scores, i, _SIXTEEN)))
         for n in range(count):
-            p = _pixel(start + n * step, last, step, turn)
+            p = _pixel(start + n * step, last, step, turn, even)
             least = powers[BLOCK * size + n]
             whole = spare * least  # unused lanes are as large as the last label's, and counted by `total`
             for b in range(len(chunks)):
@@ -243,7 +247,7 @@ def _write(out, start, count, scores, logs, size, channels, old, stride, damping
 @njit(cache=True, nogil=True, error_model="numpy")
 def infer(  # type: ignore[no-untyped-def]
     number, team, opened, width, chunks, terms, channels, unary, begin, rows, splat, slices, columns, starts, chains, links,
-    tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse,
+    tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse, even,
 ):  # fmt: skip
     """One thread's part of mean field from the softmax of `begin`; writes the log-probabilities of the last update to `out`.
 
@@ -268,7 +272,7 @@ def infer(  # type: ignore[no-untyped-def]
         final = done or turn == iterations
         changes[number] = update(
             width, chunks, terms, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
-            turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
+            turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1, even,
         )  # fmt: skip
         if final:
             break
