@@ -51,7 +51,7 @@ class DenseCRF(nn.Module):
         tolerance: stop when no marginal of an image moved by as much; 0 never stops early.
         engine: "cpu" is the fast one, for inference in float32 without gradients; "torch" runs on any device, with gradients, in float64
             too; "auto" takes the first where it can. They agree to 1e-4.
-        fast: the CPU engine works on every second pixel in early iterations, and 2 to 9 labels in 1,000 change; the torch engine has no
+        fast: the CPU engine works on every second pixel in early iterations, and 1 to 5 labels in 1,000 change; the torch engine has no
             such mode and gives the exact result. Not together with damping or tolerance.
         trainable: names from "weights", "compatibility", "bandwidths": these become parameters; the others are buffers.
 

@@ -241,7 +241,8 @@ class MeanField:
 
         def work(number: int, team: int) -> None:
             infer(
-                number, team, opened, lanes(rows.lanes), lanes(rows.chunks), lanes(terms.splat.shape[1]), self.labels - 1, self._scores.reshape(-1), begin.reshape(-1),
+                number, team, opened, lanes(rows.lanes), lanes(rows.chunks), lanes(terms.splat.shape[1]), self.labels - 1,
+                self._scores.reshape(-1), begin.reshape(-1),
                 *terms._arrays(), tables, blocks, self._matrices, self._mixed, kept, changes, out,
                 iterations, np.float32(damping), np.float32(tolerance), coarse, 0 if width % 2 else width,
             )  # fmt: skip

@@ -61,8 +61,9 @@ def blur(number, team, opened, width, chunks, tables, first, starts, chains, lin
     for axis in range(links.shape[1] - 1):
         for k in range(k_first, k_last):
             if links[k, axis] < links[k, axis + 1]:
+                begin, end = _own_chains(chains, links[k, axis], links[k, axis + 1], number, team)
                 for b in range(len(chunks)):
-                    _blur_chains(width, size, table, b * lanes, chains, *_own_chains(chains, links[k, axis], links[k, axis + 1], number, team))
+                    _blur_chains(width, size, table, b * lanes, chains, begin, end)
         wait(opened, team)
 
 
@@ -150,12 +151,13 @@ def _pixel(p, last, step, turn, even):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def update(  # type: ignore[no-untyped-def]
-    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step, even
-):
+    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out,
+    turn, final, damping, first, last, step, even,
+):  # fmt: skip
     """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
-        width, chunks, terms: tuples as long as a vector, a row in vectors, and a pixel's vertices in all lattices: the compiler knows lengths.
+        width, chunks, terms: tuples as long as a vector, as a row in vectors, as a pixel has vertices: the compiler knows lengths.
         unary: (P * width,) scores before messages.
         blurred: the table to slice, unless `turn` is 0.
         own: the table to splat into.

@@ -216,8 +216,8 @@ def total(typing: Any, vector: Any) -> Any:
     return types.float32(vector), code
 
 
-# exp(x) = 2**n * exp(r), |r| <= log(2) / 2. Of the polynomials 1 + r + ... of degree 6, the one whose largest relative error there is least,
-# 3e-9 (Remez): less than float32 resolves, or fixed points of mean field would tremble.
+# exp(x) = 2**n * exp(r), |r| <= log(2) / 2. Of the polynomials 1 + r + ... of degree 6, the one whose largest relative error there is
+# least, 3e-9 (Remez): less than float32 resolves, or fixed points of mean field would tremble.
 _POLYNOMIAL = (0.00138146124, 0.0083687099, 0.0416683874, 0.166665207, 0.499999935, 1.0, 1.0)
 # Adding it rounds a number below 2**21 to an integer, and leaves the integer plus float32's bias of exponents in the lowest bits.
 _ROUND = 1.5 * 2**23 + 127
