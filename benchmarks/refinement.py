@@ -4,12 +4,13 @@ python benchmarks/refinement.py SET IMAGES STRONG WEAK [--minutes M] [--pictures
 
 STRONG and WEAK are bundles.
 
-For each bundle and each refiner the options are searched on the validation images as `perpixel tune` does, each half with what was best on
-the other, for M minutes; then every image is scored with what was chosen for its half. Trimap scores are accuracies in a band of so many
-pixels around every change of label.
+For each bundle and each refiner the options are searched on the validation images as `perpixel tune` does, for M minutes with Potts' costs
+and for as many with learned ones in every candidate; then every image is scored with what was best on the other half. Trimap scores are
+accuracies in a band of so many pixels around every change of label.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import write
 
 from perpixel.bundle import load_bundle
 from perpixel.data.dataset import LabelledImages
@@ -28,37 +30,34 @@ from perpixel.metrics import tallies
 from perpixel.metrics.bands import Trimap
 from perpixel.metrics.intervals import difference
 from perpixel.metrics.region import Region
-from perpixel.plan import this_machine
 from perpixel.refinement.candidates import Candidate
 from perpixel.refinement.refiners import REFINERS
-from perpixel.tune import _learned_costs, _Search
+from perpixel.search import Search, learned_costs, miou, set_miou
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
 
 
-def scores(search: _Search, by_image: list[Candidate | None]) -> tuple[dict[str, Any], np.ndarray]:
+def scores(search: Search, by_image: list[Candidate | None]) -> tuple[dict[str, Any], np.ndarray]:
     """Scores of the set where each image is refined by its own candidate, and the tallies of the images."""
     region, trimap = Region(search.classes), Trimap(search.classes, WIDTHS)
     for index, candidate in enumerate(by_image):
-        for _, labels, predicted in search._labelled(candidate, [index]):
+        for _, labels, predicted in search.labelled(candidate, [index]):
             region.update(labels, predicted, ignore=search.ignore, name=str(index))
             trimap.update(labels, predicted, ignore=search.ignore)
     tally = region.images.total
     row = {
         "global": float(tallies.pixel_accuracy(tally)),
         "average": float(tallies.mean_accuracy(tally)),
-        "miou": float(tallies.miou(tally)),
+        "miou": miou(tally),
         "trimap": {str(width): float(tallies.pixel_accuracy(counts)) for width, counts in zip(WIDTHS, trimap.counts, strict=True)},
     }
     return row, region.images.table
 
 
-def cross_fitted(search: _Search, entries: list[tuple[Candidate, np.ndarray]]) -> list[Candidate | None]:
+def cross_fitted(search: Search, entries: list[tuple[Candidate, np.ndarray]]) -> list[Candidate | None]:
     """For each image, the candidate that is best on the other half."""
     chosen: list[Candidate | None] = [None] * len(search.scores)
-    for fold in search.folds:
-        winner = search._best(entries, ~fold)[0]
+    for fold, (winner, _) in zip(search.folds, search.cross_fitted(entries), strict=True):
         for index in np.flatnonzero(fold):
             chosen[index] = winner
     return chosen
@@ -74,46 +73,42 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0, help="for each refiner on each bundle")
     parser.add_argument("--pictures", type=Path, help="folder for image, truth, scores before and after")
     given = parser.parse_args()
-    result: dict[str, Any] = {"set": given.set, "machine": this_machine().words, "minutes_per_refiner": given.minutes, "rows": []}
+    result: dict[str, Any] = {"set": given.set, "minutes_per_refiner": given.minutes, "rows": []}
     for unary, path in (("strong", given.strong), ("weak", given.weak)):
         bundle = load_bundle(path)
         card = bundle.card
         pairs = split_pairs([pair for pair in find_layout(given.images, None).pairs if pair.mask], card.val_fraction, card.split_seed)
         data = LabelledImages([pair for pair in pairs if pair.split == "val"], bundle.label_map, card.bands, card.dtype, cache=False)
-        search = _Search(bundle, data, float("inf"), None)
-        costs = _learned_costs([pair.mask for pair in pairs if pair.split == "train"], bundle)
+        search = Search(bundle, data, float("inf"), None)
+        costs = learned_costs([pair.mask for pair in pairs if pair.split == "train"], bundle)
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
-        for name in REFINERS:
-            start = time.monotonic()
-            search.explore(name, costs, start + 60 * given.minutes)
-            own = [entry for entry in search.tables.values() if entry[0].name == name]
-            for learned in (False, True):
-                entries = [entry for entry in own if (entry[0].options.get("compatibility") is not None) == learned]
-                if not entries:
-                    continue
-                by_image = cross_fitted(search, entries)
-                row, table = scores(search, by_image)
-                gain = difference(base, table, tallies.miou)
-                best = search._best(entries, np.ones(len(search.scores), bool))[0]
-                shown = {key: value for key, value in best.options.items() if key != "compatibility"}
-                extra = {"refiner": name, "label_costs": "learned" if learned else "Potts", "candidates": len(entries), "options": shown}
-                interval = [float(gain.value), float(gain.low), float(gain.high)]
-                result["rows"].append({"unary": unary, "model": card.model, **extra, **row, "miou_gain": interval})
-                sys.stdout.write(json.dumps(result["rows"][-1]) + "\n")
-                sys.stdout.flush()
-                if given.pictures and not learned:
-                    draw(search, by_image, card.colors, given.pictures, f"{unary}-{name}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"refinement-{given.set}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for name, learned in itertools.product(REFINERS, (False, True)):
+            search.tables.clear()
+            until = time.monotonic() + 60 * given.minutes
+            search.explore(name, costs if learned else None, until, only_learned=learned)
+            entries = list(search.tables.values())
+            by_image = cross_fitted(search, entries)
+            row, table = scores(search, by_image)
+            gain = difference(base, table, set_miou)
+            best = search.best(entries, np.ones(len(search.scores), bool))[0]
+            shown = {key: value for key, value in best.options.items() if key != "compatibility"}
+            extra = {"refiner": name, "label_costs": "learned" if learned else "Potts", "candidates": len(entries), "options": shown}
+            interval = [float(gain.value), float(gain.low), float(gain.high)]
+            result["rows"].append({"unary": unary, "model": card.model, **extra, **row, "miou_gain": interval})
+            sys.stdout.write(json.dumps(result["rows"][-1]) + "\n")
+            sys.stdout.flush()
+            if given.pictures and not learned:
+                draw(search, by_image, card.colors, given.pictures, f"{unary}-{name}")
+    write(f"refinement-{given.set}", result, ("torch", "numba", "scipy"))
 
 
-def draw(search: _Search, by_image: list[Candidate | None], colors: list[tuple[int, int, int]], folder: Path, name: str) -> None:
+def draw(search: Search, by_image: list[Candidate | None], colors: list[tuple[int, int, int]], folder: Path, name: str) -> None:
     """The image, its truth, and its labels before and after, of the three images whose labels change most."""
     changed = []
     for index, candidate in enumerate(by_image):
-        ((_, labels, before),) = search._labelled(None, [index])
-        ((_, _, after),) = search._labelled(candidate, [index])
+        ((_, labels, before),) = search.labelled(None, [index])
+        ((_, _, after),) = search.labelled(candidate, [index])
         changed.append((int((before != after).sum()), index, labels, before, after))
     for _, index, labels, before, after in sorted(changed, key=lambda entry: -entry[0])[:3]:
         image = search.scores[index][1][0].numpy()

@@ -10,27 +10,23 @@ of the processor, which other work hardly touches; with several, or on a GPU, it
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import write
 from torch import Tensor, nn
 from torchvision.models import segmentation
 
 from perpixel import build
 from perpixel.bundle import import_weights
 from perpixel.models.unpooling import max_unpool
-from perpixel.plan import this_machine
 
-RESULTS = Path(__file__).parent / "results"
 LIMIT = 1.02
 Call = Callable[[], object]
 
@@ -224,19 +220,15 @@ def main() -> None:
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
     result = {
-        "command": f"python benchmarks/speed.py {' '.join(sys.argv[1:])}".strip(),
-        "machine": torch.cuda.get_device_name() if given.device == "cuda" else this_machine().words,
         "device": given.device,
         "threads": given.threads,
         "clock": "processor" if given.device == "cpu" and given.threads == 1 else "wall",
         "batch": given.batch,
         "size": list(given.size),
         "limit": LIMIT,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "timm", "perpixel")}},
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "speed-forward.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("speed-forward", result, ("torch", "torchvision", "timm"), given.device)
     slow = [row["name"] for row in rows if row["kind"] == "forward" and row["ratio"] > LIMIT]
     if slow:
         sys.exit(f"slower than {LIMIT} times: {', '.join(slow)}")

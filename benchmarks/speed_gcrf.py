@@ -10,21 +10,19 @@ On a GPU there is no peer, and the ratio is to the processor.
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from record import write
 from scipy import sparse
 from scipy.ndimage import gaussian_filter
 from scipy.sparse.linalg import cg
-from speed import RESULTS, Call, Setting, compare
+from speed import Call, Setting, compare
 from torch import Tensor
 
-from perpixel.plan import this_machine
 from perpixel.refinement import gaussian_solver
 from perpixel.refinement.gaussian_crf import GaussianCRF
 
@@ -150,19 +148,15 @@ def main() -> None:
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
     result = {
-        "command": f"python benchmarks/speed_gcrf.py {' '.join(sys.argv[1:])}".strip(),
-        "machine": torch.cuda.get_device_name() if given.device == "cuda" else this_machine().words,
         "device": given.device,
         "threads": given.threads,
         "clock": "processor" if setting.processor_time else "wall",
         "size": list(given.size),
         "classes": given.classes,
         "limit_seconds": LIMIT_SECONDS,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numba", "scipy", "perpixel")}},
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / ("speed-gcrf.json" if given.device == "cpu" else "speed-gcrf-cuda.json")).write_text(json.dumps(result, indent=1) + "\n")
+    write("speed-gcrf" if given.device == "cpu" else "speed-gcrf-cuda", result, ("torch", "numba", "scipy"), given.device)
     slow = [
         row for row in rows if row["name"].startswith("refinement") and row["neighbours"] == 4 and row["ours_ms"] > 1000 * LIMIT_SECONDS
     ]

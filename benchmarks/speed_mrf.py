@@ -10,27 +10,23 @@ Fails where expansion takes 2 s or belief propagation 1 s on 213x320 pixels with
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import write
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
-from perpixel.plan import this_machine
 from perpixel.refinement.grid_mrf import METHODS, GridMRF
 from perpixel.refinement.max_flow import frame_index, max_flow, new_flow
 
-RESULTS = Path(__file__).parent / "results"
 LIMITS = {"expansion": 2.0, "min_sum": 1.0, "sum_product": 1.0}  # seconds, issue 4, at LIMIT_SIZE and LIMIT_LABELS
 LIMIT_SIZE, LIMIT_LABELS = (213, 320), 21
 
@@ -146,18 +142,14 @@ def main() -> None:
                 sys.stdout.write(json.dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
     result = {
-        "command": f"python benchmarks/speed_mrf.py {' '.join(sys.argv[1:])}".strip(),
-        "machine": torch.cuda.get_device_name() if given.device == "cuda" else this_machine().words,
         "device": given.device,
         "threads": given.threads,
         "clock": "processor" if given.device == "cpu" and given.threads == 1 else "wall",
         "neighbours": given.neighbours,
         "limits": LIMITS,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numba", "scipy", "perpixel")}},
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "speed-mrf.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("speed-mrf", result, ("torch", "numba", "scipy"), given.device)
     binding = [row for row in rows if tuple(row["size"]) == LIMIT_SIZE and row["labels"] == LIMIT_LABELS and row["kind"] == "refine"]
     slow = [row["name"] for row in binding if row["seconds"] > LIMITS.get(row["name"], float("inf"))]
     if slow:

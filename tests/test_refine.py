@@ -29,6 +29,42 @@ def test_logits_and_probabilities_in_either_order_give_the_refiner_s_marginals(s
     np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "worst"), [(np.uint8, 0.02), (np.uint16, 1e-4)])
+def test_probabilities_stored_as_whole_numbers_are_taken_as_such(dtype, worst):
+    stored = np.round(PROBABILITIES * np.iinfo(dtype).max).astype(dtype)
+    np.testing.assert_allclose(refine(IMAGE, stored), refine(IMAGE, PROBABILITIES), atol=worst)
+
+
+@pytest.mark.parametrize("image", [IMAGE.astype(np.uint16) * 257, (IMAGE / 255).astype(np.float32), IMAGE.astype(">u2") * 257])
+def test_the_same_image_in_another_type_gives_the_same_labels(image):
+    np.testing.assert_allclose(refine(image, LOGITS), refine(IMAGE, LOGITS), atol=1e-3)
+
+
+def test_files_and_tensors_are_taken_as_arrays_are(tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    np.save(tmp_path / "scores.npy", LOGITS)
+    np.testing.assert_array_equal(refine(tmp_path / "photo.png", str(tmp_path / "scores.npy")), refine(IMAGE, LOGITS))
+    np.testing.assert_array_equal(refine(IMAGE, torch.from_numpy(LOGITS)), refine(IMAGE, LOGITS))
+
+
+def test_folders_are_refined_file_by_file_of_the_same_name(tmp_path, command):
+    for name in ("images", "scores"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        Image.fromarray(np.roll(IMAGE, number, 0)).save(tmp_path / "images" / f"{number}.png")
+        np.save(tmp_path / "scores" / f"{number}.npy", np.roll(LOGITS, number, 1))
+    said = command("refine", tmp_path / "images", tmp_path / "scores", "-o", tmp_path / "out", "--set", "iterations=2")
+    assert said.code == 0
+    assert "3 label images" in said.out
+    for number in range(3):
+        expected = refine(np.roll(IMAGE, number, 0), np.roll(LOGITS, number, 1), options={"iterations": 2}).argmax(0)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{number}.png")), expected)
+    (tmp_path / "scores" / "1.npy").unlink()
+    said = command("refine", tmp_path / "images", tmp_path / "scores", "-o", tmp_path / "out")
+    assert said.code == 2
+    assert "1 of 3 images, such as 1.png" in " ".join(said.err.split())
+
+
 def test_probabilities_of_zero_are_taken_as_nearly_zero():
     labels = RNG.integers(0, 4, (12, 17))
     hard = np.eye(4, dtype=np.float32)[labels].transpose(2, 0, 1)
@@ -49,6 +85,16 @@ def test_a_grey_image_is_taken_as_one_band():
         ((IMAGE, LOGITS, "dense_crf", {"iters": 3}), "no option 'iters'; it takes kernels"),
         ((IMAGE, LOGITS, "dense_crf", None, "probabilities"), "are no probabilities"),
         ((IMAGE, LOGITS, "dense_crf", None, "odds"), "unknown kind of scores 'odds'"),
+        ((IMAGE, LOGITS.transpose(0, 2, 1)), "the wrong way round: transpose the scores"),
+        ((IMAGE, PROBABILITIES[0]), r"np.stack\(\[1 - p, p\]\)"),
+        ((IMAGE, PROBABILITIES[:1]), r"one class.*np.stack\(\[1 - p, p\]\)"),
+        ((IMAGE, 100 * PROBABILITIES), "do not add up to 1"),
+        ((IMAGE, (100 * PROBABILITIES).astype(np.uint8)), "do not add up to 255"),
+        ((IMAGE, LOGITS, "dense_crf", {"iterations": "five"}), "whole number"),
+        ((IMAGE, LOGITS, "dense_crf", {"iterations": 2.5}), "whole number"),
+        ((IMAGE, LOGITS, "dense_crf", {"kernels": 3}), "wrong kind"),
+        ((IMAGE, LOGITS, "grid_mrf", {"strength": "a"}), "wrong kind"),
+        ((IMAGE, LOGITS, "gaussian_crf", {"neighbours": "a"}), "wrong kind"),
         ((IMAGE[None], LOGITS), r"give \(H, W\) or \(H, W, C\)"),
         ((IMAGE, LOGITS.astype(complex)), "give real numbers"),
     ],
@@ -76,14 +122,15 @@ def test_files_that_hold_no_scores_are_named(tmp_path, command):
     (tmp_path / "empty.npy").touch()
     np.savez(tmp_path / "two.npz", a=LOGITS, b=LOGITS)
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    for name, message in [("none.npy", "no such file"), ("empty.npy", "no scores could be read"), ("two.npz", "it holds 2 arrays")]:
+    for name, message in [("none.npy", "no such file"), ("empty.npy", "damaged, cut short"), ("two.npz", "it holds 2 arrays")]:
         with pytest.raises(ValueError, match=message):
             read_scores(tmp_path / name)
-    with pytest.raises(ValueError, match="no scores could be read"):
+    with pytest.raises(ValueError, match="damaged, cut short"):
         read_scores(tmp_path / "objects.npy")
     Image.fromarray(IMAGE).save(tmp_path / "photo.png")
     np.save(tmp_path / "small.npy", LOGITS[:, :4])
-    said = command("refine", tmp_path / "photo.png", tmp_path / "small.npy", "-o", tmp_path)
+    assert "is the image itself" in command("refine", tmp_path / "photo.png", tmp_path / "small.npy", "-o", tmp_path).err
+    said = command("refine", tmp_path / "photo.png", tmp_path / "small.npy", "-o", tmp_path / "out")
     assert said.code == 2
     assert "12x17" in said.err
     assert "(4, 4, 17)" in said.err

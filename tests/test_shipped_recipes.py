@@ -93,3 +93,20 @@ def test_a_published_recipe_trains_as_its_paper_does(name):
     assert section.get("border_weights", False) == system.startswith("unet")
     assert section["augment"]["elastic_sigma"] == (10 if system.startswith("unet") else 0)
     assert section.get("poly_power", 0.9) == 0.9
+
+
+@pytest.mark.parametrize("name", ["segnet_basic_paper", "unet_paper"])
+def test_fast_keeps_the_paper_s_network_and_input_and_leaves_its_training_to_the_plan(sample_set, tmp_path, name):
+    published = read_recipe(name)
+    settings = ["model.options={width: 2}", f"train.crop=[{NARROW[name][1]}, {NARROW[name][1]}]"]
+    outcome = train(sample_set / "images", sample_set / "masks", out=tmp_path, recipe=name, fast=True, steps=2, settings=settings)
+    taken = outcome.recipe
+    assert taken.model.name == name
+    assert taken.data.mean[0] == published.get("data", {}).get("mean", taken.data.mean)[0]
+    assert (taken.train.optimizer, taken.train.schedule, taken.train.ema) == ("adamw", "one_cycle", 0.99)
+    assert taken.train.lr != published["train"]["lr"]
+
+
+def test_fast_without_a_recipe_is_refused(sample_set, tmp_path):
+    with pytest.raises(ValueError, match="without a recipe training is fast as it is"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, fast=True, steps=2)

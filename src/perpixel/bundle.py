@@ -91,6 +91,14 @@ class Bundle:
     def label_map(self) -> LabelMap:
         return LabelMap.from_dict(self.card.label_map)
 
+    @property
+    def full_scale(self) -> float:
+        """The stored value that stands for 1.0 in this model's images; of floats that leave 0..1, four of their standard deviations."""
+        card = self.card
+        if card.dtype == "float32" and max(mean + std for mean, std in zip(card.mean, card.std, strict=True)) > 1:
+            return 4 * max(card.std)
+        return FULL_SCALE[card.dtype]
+
     def refiner(self, choice: str = "bundle") -> nn.Module | None:
         """The refiner for this model's scores, on its device.
 
@@ -105,7 +113,7 @@ class Bundle:
         from perpixel.refinement.refiners import build_refiner  # its compiled loops take as long to load as a small prediction takes
 
         spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
-        return build_refiner(spec.name, spec.options).to(next(self.model.parameters()).device)
+        return build_refiner(spec.name, spec.options, self.full_scale).to(next(self.model.parameters()).device)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -62,6 +62,7 @@ def train(
     masks: Masks = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", show_default=True)] = Path("run"),
     recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe, or a YAML file with any part of one.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The recipe's network with today's training in place of its own.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock budget; the schedule fits itself to it.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the plan: train.lr=0.001", show_default=False)] = None,
@@ -77,6 +78,7 @@ def train(
         masks,
         out=out,
         recipe=recipe,
+        fast=fast,
         settings=set_ or (),
         steps=steps,
         minutes=minutes,
@@ -142,7 +144,7 @@ def predict(
             samples=samples,
             progress=progress,
         )
-    console.print(f"{len(result.written)} label images in [bold]{escape(str(out))}[/]")
+    console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]")
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     if result.damaged:
@@ -174,20 +176,23 @@ def tune(
 
 @app.command()
 def refine(
-    image: Annotated[Path, typer.Argument(help="The image that the scores belong to.")],
-    scores: Annotated[Path, typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K).")],
+    image: Annotated[Path, typer.Argument(help="The image that the scores belong to, or a folder of images.")],
+    scores: Annotated[
+        Path,
+        typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K); or a folder, by names."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label image.")] = Path("refined"),
     refiner: Annotated[str, typer.Option(help="dense_crf, grid_mrf or gaussian_crf.")] = "dense_crf",
     set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the refiner: iterations=5", show_default=False)] = None,
     kind: Annotated[str, typer.Option(help="What the scores are: probabilities, logits, or auto.")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (K, H, W).")] = False,
 ) -> None:
-    """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices."""
+    """Refine scores that come from elsewhere: writes OUT/<image name>.png with class indices. Options: docs/api.md."""
     from perpixel.recipe import parse_settings
     from perpixel.refine import refine_files
 
-    target = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
-    Console().print(f"labels in [bold]{escape(str(target))}[/]")
+    written = refine_files(image, scores, out, refiner, parse_settings(set_ or ()), kind, probabilities)
+    Console().print(f"{len(written)} label image{'s' * (len(written) != 1)} in [bold]{escape(str(out))}[/]")
 
 
 @app.command()

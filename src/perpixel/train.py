@@ -44,6 +44,7 @@ def train(
     *,
     out: Path | str,
     recipe: str | Path | None = None,
+    fast: bool = False,
     settings: Sequence[str] = (),
     steps: int | None = None,
     minutes: float | None = None,
@@ -57,6 +58,8 @@ def train(
     Args:
         images, masks: any layout that `perpixel check` understands.
         recipe: name of a shipped recipe, or a YAML file with any part of one; what it leaves out is planned.
+        fast: of the recipe take the network and its input alone, and plan today's training for it: AdamW, one cycle, bf16 where the
+            machine has it, averaged weights.
         settings: `key=value` texts that win over the recipe.
         steps, minutes: where the run ends; at most one. Minutes are wall-clock, counted from this call.
         resume: go on where a killed or interrupted run in `out` stood, with its recipe; the other arguments must not contradict it.
@@ -71,7 +74,7 @@ def train(
         console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if not resume and (out / "resume.safetensors").exists():
         raise ValueError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder.")
-    given = merge(read_recipe(recipe) if recipe else {}, read_settings(settings), _length(steps, minutes))
+    given = merge(_stated(recipe, fast), read_settings(settings), _length(steps, minutes))
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given, read_settings(settings))
@@ -175,6 +178,14 @@ def _fitting(given: Mapping[str, Any], path: str, card: Card, report: Check, con
     own = card.bands != report.bands
     data = {key: value for key, value in given["data"].items() if not (own and key in ("mean", "std") and value == getattr(card, key))}
     return {**given, "data": data}
+
+
+def _stated(recipe: str | Path | None, fast: bool) -> dict[str, Any]:
+    """The parts that a recipe states; without its training where that is to be `fast`."""
+    if fast and not recipe:
+        raise ValueError("fast says how to train the network of a recipe, and none is given; without a recipe training is fast as it is.")
+    stated = read_recipe(recipe) if recipe else {}
+    return {section: parts for section, parts in stated.items() if not (fast and section == "train")}
 
 
 def _length(steps: int | None, minutes: float | None) -> dict[str, Any]:

@@ -110,6 +110,13 @@ def test_an_option_that_a_model_does_not_have_is_refused():
         build("unet_paper", classes=2, encoder="resnet34")
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("unet", "plain"), ("deeplab_v3", "resnet18"), ("unet_paper", None)])
+def test_an_image_of_other_bands_is_refused_with_both_numbers(name, encoder):
+    model = build(name, 2, encoder, in_channels=3, **({"width": 2} if name != "deeplab_v3" else {}))
+    with pytest.raises(ValueError, match=r"image has 5 bands; this model takes 3\. Build it with in_channels=5"):
+        model(torch.zeros(1, 5, 188, 188))
+
+
 def test_build_passes_every_option_on():
     options = {"decoder_channels": [24, 12], "head_stride": 4, "upsampling": "nearest", "image_pooling": True, "dropout": 0.25, "width": 3}
     model = build("unet", 4, "plain", in_channels=5, **options)

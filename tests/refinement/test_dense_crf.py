@@ -177,9 +177,10 @@ def test_constant_images_pull_all_pixels_to_one_label_and_stay_finite(engine):
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 def test_scores_of_any_size_give_finite_marginals(engine):
     logits, image = random(1, 4, 9, 8).float() * 1e4, picture(1, 3, 9, 8)
-    refined = DenseCRF(engine=engine)(logits, image)
-    assert torch.isfinite(refined).all()
-    torch.testing.assert_close(refined.softmax(1).sum(1), torch.ones(1, 9, 8))
+    for scores in (logits, 3e38 * logits.sign()):
+        refined = DenseCRF(engine=engine)(scores, image)
+        assert torch.isfinite(refined).all()
+        torch.testing.assert_close(refined.softmax(1).sum(1), torch.ones(1, 9, 8))
 
 
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
@@ -235,6 +236,18 @@ def test_options_are_plain_and_build_the_same_refiner():
     torch.testing.assert_close(again(logits, image), crf(logits, image), rtol=0, atol=0)
 
 
+def test_what_training_made_of_it_is_among_its_options():
+    crf, logits, image = crf_as_rnn(3), random(1, 3, 6, 6).float(), picture(1, 3, 6, 6)
+    step = torch.optim.Adam(crf.parameters(), lr=0.05)
+    for _ in range(3):
+        step.zero_grad()
+        crf(logits, image)[:, 1].mean().neg().backward()
+        step.step()
+    again = DenseCRF(**json.loads(json.dumps(crf.options())))
+    assert crf.compatibility.diagonal().any()
+    torch.testing.assert_close(again.eval()(logits, image), crf.eval()(logits, image), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -249,6 +262,7 @@ def test_options_are_plain_and_build_the_same_refiner():
         ({"compatibility": [[0, -1], [1, 0]]}, "none negative"),
         ({"compatibility": [[0, 1, 1], [1, 0, 1]]}, "K x K"),
         ({"iterations": -1}, "0 or more"),
+        ({"iterations": 2.5}, "whole number"),
         ({"damping": 0}, r"\(0, 1\]"),
         ({"tolerance": -1}, "0 or more"),
         ({"engine": "gpu"}, "known: auto"),

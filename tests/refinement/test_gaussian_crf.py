@@ -296,12 +296,31 @@ def test_what_is_not_positive_definite_comes_back_as_it_came_with_a_warning_or_i
 def test_too_few_iterations_and_broken_branches_are_never_silent():
     logits, image = torch.randn(1, 3, 9, 9), torch.zeros(1, 1, 9, 9)
     with pytest.warns(RuntimeWarning, match="allow more iterations"):
-        refined = GaussianCRF(iterations=0)(logits, image)
+        refined = GaussianCRF(iterations=1, tolerance=1e-9)(logits, torch.rand(1, 1, 9, 9))
+    torch.testing.assert_close(refined.softmax(1), logits.softmax(1))
+    with warnings.catch_warnings(action="error"):
+        refined = GaussianCRF(iterations=0)(logits, image)  # as was asked
     torch.testing.assert_close(refined.softmax(1), logits.softmax(1))
     crf = GaussianCRF(3, 1, terms="edges")
     torch.nn.init.constant_(crf.branch.head.bias, float("nan"))
     with pytest.warns(RuntimeWarning, match="did not converge"):
         assert torch.isfinite(crf(logits, image)).all()
+
+
+def test_scores_of_any_size_are_solved_alike():
+    logits, image = torch.randn(2, 3, 9, 9), torch.rand(2, 3, 9, 9)
+    small, large = (GaussianCRF()(scale * logits, image) / scale for scale in (1.0, 1e30))
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-4)
+
+
+def test_what_training_made_of_weight_and_lambda_is_among_its_options():
+    crf = GaussianCRF(weight=2.0, learn_lambda=True)
+    with torch.no_grad():
+        crf.root_weight.mul_(2)
+        crf.log_lambda.add_(1)
+    assert crf.options()["weight"] == pytest.approx(8, rel=1e-5)
+    logits, image = torch.randn(1, 3, 9, 9), torch.rand(1, 3, 9, 9)
+    torch.testing.assert_close(GaussianCRF(**crf.options())(logits, image), crf(logits, image), rtol=1e-4, atol=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_stays_so():

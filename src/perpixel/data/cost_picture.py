@@ -7,7 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def compatibility_picture(costs: np.ndarray, names: Sequence[str], cell: int = 24) -> Image.Image:
-    """The matrix with the classes' names on its left and above it.
+    """The matrix with the classes' names on its left and above it, and what the colours mean below.
+
+    Grey is a class that touched no other, of which nothing is known: all its costs are 1.
 
     Args:
         costs: (K, K), not negative; row l is what a pixel labelled l pays. The least is shown dark blue, the dearest pale yellow.
@@ -28,6 +30,8 @@ def compatibility_picture(costs: np.ndarray, names: Sequence[str], cell: int = 2
     # Two colours whose lightness differs most and whose order the colour-blind see too.
     dark, pale = np.array([28, 38, 110]), np.array([255, 244, 190])
     squares = (dark + share[..., None] * (pale - dark)).round().astype(np.uint8)
+    unknown = ((costs == 1) | np.eye(len(costs), dtype=bool)).all(1) & (len(costs) > 2)
+    squares[(unknown[:, None] | unknown) & ~np.eye(len(costs), dtype=bool)] = 200
     matrix = Image.fromarray(squares.repeat(cell, 0).repeat(cell, 1))
 
     font = ImageFont.load_default(size=cell * 0.6)
@@ -36,7 +40,14 @@ def compatibility_picture(costs: np.ndarray, names: Sequence[str], cell: int = 2
     draw = ImageDraw.Draw(labels)
     for row, name in enumerate(names):
         draw.text((room - cell // 4, (row + 0.5) * cell), name, fill="black", font=font, anchor="rm")
-    picture = Image.new("RGB", (room + matrix.width, room + matrix.height), "white")
+    scale = (dark + np.linspace(0, 1, matrix.width)[:, None] * (pale - dark)).round().astype(np.uint8)[None].repeat(cell // 2, 0)
+    below = room + matrix.height + cell // 2
+    picture = Image.new("RGB", (room + matrix.width, below + cell // 2 + cell), "white")
+    picture.paste(Image.fromarray(scale), (room, below))
+    ends = ImageDraw.Draw(picture)
+    ends.text((room, below + cell // 2), "0", fill="black", font=font, anchor="la")
+    ends.text((picture.width - 2, below + cell // 2), f"{costs.max():.2g}", fill="black", font=font, anchor="ra")
+    ends.text((room - cell // 4, below + cell // 4), "cost", fill="black", font=font, anchor="rm")
     picture.paste(matrix, (room, room))
     picture.paste(labels, (0, room))
     # Turned so that the names above read upwards and end at their columns.

@@ -2,7 +2,8 @@
 
 Images are drawn with replacement and the score is computed from the sums of their counts, so a score of the whole set (mIoU) is resampled
 as what it is, and no prediction is looked at again. Sources: percentile intervals, Efron & Tibshirani 1993 ("An introduction to the
-bootstrap"), chapter 13; both runs on the same draws, that is paired, chapter 8.
+bootstrap"), chapter 13; both runs on the same draws, that is paired, chapter 8; for few images the percentiles are taken further out, as
+Student's t lies further out than the normal distribution, Hesterberg 2015, arXiv:1411.5279, section 4.3 ("expanded percentiles").
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 Score = Callable[[np.ndarray], np.ndarray]  # sums of counts (..., *shape) -> (...) or (..., K); NaN where there is none
 _DRAWS = 1_000_000  # indices drawn at a time: bounds the memory whatever the number of images
@@ -48,7 +50,7 @@ def interval(table: np.ndarray, score: Score, resamples: int = 1000, seed: int =
         score: of summed counts, such as `tallies.miou` or `tallies.iou`; it is called with a leading axis of resamples.
         resamples: sets drawn.
         seed: same seed, same N: same draws.
-        level: share of the resamples within the interval, the rest halved between both ends.
+        level: in how many cases of all the interval is meant to hold the score of other such images.
     """
     drawn = [score(sums) for (sums,) in _resampled(resamples, seed, table)]
     return _interval(score(table.sum(0)), drawn, level, len(table))
@@ -108,7 +110,13 @@ def _interval(value: np.ndarray, blocks: list[np.ndarray], level: float, images:
     low, high = np.full(drawn.shape[1:], np.nan), np.full(drawn.shape[1:], np.nan)
     known = ~np.isnan(drawn).all(0) & (images > 1)
     if known.any():
-        low[known], high[known] = np.nanquantile(drawn[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low[known], high[known] = np.nanquantile(drawn[:, known], _tails(level, images), axis=0)
     if drawn.ndim == 1:
         return Interval(float(value), float(low), float(high), level, images)
     return Interval(np.asarray(value), low, high, level, images)
+
+
+def _tails(level: float, images: int) -> tuple[float, float]:
+    """Which quantiles of the resamples bound an interval: those of `level`, further out where the images are few."""
+    reach = special.stdtrit(images - 1, (1 + level) / 2) * math.sqrt(images / (images - 1))
+    return float(special.ndtr(-reach)), float(special.ndtr(reach))

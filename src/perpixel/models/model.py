@@ -117,6 +117,7 @@ class SegmentationModel(nn.Module):
     """Image -> logits of every pixel: `decoder(encoder(image), size)`.
 
     Attributes:
+        bands: C, of the images that the model takes; None where the encoder has no convolution to tell.
         multipliers: factors on learning rate and weight decay of single parameters, by their names here; a paper's `lr_mult` and
             `decay_mult`. Parameters it does not name have the run's own.
         loss_weights: of the losses on what `supervised` gives; (1.0,) where a model is trained on its logits alone.
@@ -138,6 +139,7 @@ class SegmentationModel(nn.Module):
         self.encoder: nn.Module = encoder
         self.decoder: nn.Module = decoder
         self.classes = classes
+        self.bands = next((layer.in_channels for layer in encoder.modules() if isinstance(layer, nn.Conv2d)), None)
         self.geometry = geometry
         self.multipliers = dict(multipliers or {})
         self.loss_weights = decoder.loss_weights if isinstance(decoder, SupervisedDecoder) else (1.0,)
@@ -152,7 +154,7 @@ class SegmentationModel(nn.Module):
             (N, K, H - 2 * margin, W - 2 * margin) logits of K classes.
 
         Raises:
-            ValueError: if `image` is not four-dimensional or its size is not legal.
+            ValueError: if `image` is not four-dimensional, or its bands or its size are not legal.
         """
         height, width = self.labelled_size(image)  # first: its message says more than an encoder's
         down, right = (self.geometry.fit(side) - side for side in (height, width)) if self.geometry.pads else (0, 0)
@@ -173,10 +175,13 @@ class SegmentationModel(nn.Module):
         """(height, width) of the logits of `image`.
 
         Raises:
-            ValueError: if `image` is not four-dimensional, or its size is not legal and the model does not pad.
+            ValueError: if `image` is not four-dimensional, has other bands than the model's first convolution, or its size is not legal
+                and the model does not pad.
         """
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; a model takes (N, C, H, W). Add the missing axes, e.g. image[None]")
+        if self.bands not in (None, image.shape[1]):
+            raise ValueError(f"image has {image.shape[1]} bands; this model takes {self.bands}. Build it with in_channels={image.shape[1]}")
         height, width = image.shape[-2:]
         if not (self.geometry.pads or (self.geometry.fits(height) and self.geometry.fits(width))):
             raise ValueError(

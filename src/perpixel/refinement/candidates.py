@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from perpixel.refinement.dense_crf import NETWORK_SCORES
+
+Costs = list[list[float]]  # (K, K) label costs
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -20,9 +24,26 @@ class Candidate:
         return f"{self.name} " + ", ".join(f"{key}={value}" for key, value in shown.items())
 
     @property
+    def learned(self) -> bool:
+        """Whether its label costs were learned from masks; else they are Potts'."""
+        return self.options.get("compatibility") is not None
+
+    @property
     def key(self) -> str:
         """Equal for equal candidates only."""
         return f"{self.name} {sorted(self.options.items())}"
+
+
+def defaults(name: str, scale: float) -> Candidate:
+    """A refiner as it comes, stated, so that the search can go on from there; `scale` brings bandwidths of colours to the image's type."""
+    if name == "dense_crf":
+        appearance, smoothness = NETWORK_SCORES
+        return Candidate(
+            name, {"kernels": [_appearance(appearance["xy"], appearance["colour"] * scale, appearance["weight"]), dict(smoothness)]}
+        )
+    if name == "grid_mrf":
+        return Candidate(name, {"strength": 1.0, "floor": 0.0, "neighbours": 4})
+    return Candidate(name, {"weight": 4.0, "sharpness": 1.0, "neighbours": 4})
 
 
 def coarse_grid(name: str, scale: float) -> Iterator[Candidate]:
@@ -43,25 +64,35 @@ def _appearance(xy: float, colour: float, weight: float) -> dict[str, float]:
     return {"xy": xy, "colour": colour, "weight": weight}
 
 
-def neighbours(centre: Candidate, step: float, costs: list[list[float]] | None) -> Iterator[Candidate]:
+def with_costs(candidate: Candidate, costs: Costs) -> Candidate:
+    """The candidate with the label costs of the training masks."""
+    learned: dict[str, Any] = {"compatibility": costs}
+    if candidate.name == "grid_mrf":
+        learned["repair_metric"] = True
+    if candidate.name == "gaussian_crf":
+        learned |= {"labels": "full", "classes": len(costs)}
+    return Candidate(candidate.name, {**candidate.options, **learned})
+
+
+def neighbours(centre: Candidate, step: float, costs: Costs | None) -> Iterator[Candidate]:
     """What differs from a candidate in one number by a factor of `step`, and with the label costs of the training masks."""
     options = centre.options
-    if costs is not None and options.get("compatibility") is None:
-        learned: dict[str, Any] = {"compatibility": costs}
-        if centre.name == "grid_mrf":
-            learned["repair_metric"] = True
-        if centre.name == "gaussian_crf":
-            learned |= {"labels": "full", "classes": len(costs)}
-        yield Candidate(centre.name, {**options, **learned})
+    if costs is not None and not centre.learned:
+        yield with_costs(centre, costs)
     if centre.name == "dense_crf":
         for place, key in itertools.product(range(len(options["kernels"])), ("weight", "colour", "xy")):
             for factor in (step, 1 / step):
                 kernels = [dict(kernel) for kernel in options["kernels"]]
                 if key in kernels[place]:
-                    kernels[place][key] = round(kernels[place][key] * factor, 3)
+                    kernels[place][key] = _rounded(kernels[place][key] * factor)
                     yield Candidate(centre.name, {**options, "kernels": kernels})
         return
     for key in ("strength", "floor", "weight", "sharpness"):
         for factor in (step, 1 / step):
             if options.get(key):
-                yield Candidate(centre.name, {**options, key: round(options[key] * factor, 4)})
+                yield Candidate(centre.name, {**options, key: _rounded(options[key] * factor)})
+
+
+def _rounded(value: float) -> float:
+    """To four digits, whatever the scale: bandwidths of colours are 5 for 8 bits and 0.02 for floats."""
+    return float(f"{value:.4g}")

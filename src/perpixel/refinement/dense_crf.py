@@ -36,12 +36,14 @@ class DenseCRF(nn.Module):
 
     Gradients reach the logits, the extra features, and what `trainable` names. Those of bandwidths and features are of the lattice's
     weights, with the simplex of each pixel held fixed; they are exact for what is computed, and jump where a pixel changes its simplex.
+    (Whole-numbered bandwidths of positions put pixels on such borders; 3.1 is better to train from than 3.)
     Training keeps two (H * W, K) arrays per kernel and iteration.
 
     Args:
         kernels: one mapping per kernel. `"xy"`: bandwidth in pixels, a number or [x, y]; `"colour"`: on the image's own scale (0..255 where
             it has 8 bits), a number or one per band; `"features"`: of the extra channels given to the call, a number or one per channel. At
-            least one of the three; what is absent is not looked at. `"weight"`: a number or one per class.
+            least one of the three; what is absent is not looked at. `"weight"`: a number or one per class; a negative one drives alike
+            pixels apart.
         normalisation: "none", "before", "after" or "symmetric"; see `GaussianFilter`.
         compatibility: None for Potts (1 for every pair of different labels); (K, K) costs mu[l, l'] >= 0 of label l beside label l', with a
             zero diagonal, symmetric or not; or (K,) rewards of like labels (Potts has ones).
@@ -50,7 +52,8 @@ class DenseCRF(nn.Module):
         damping: in (0, 1]; new marginals are damping * updated + (1 - damping) * old. Below 1 it calms oscillations.
         tolerance: stop when no marginal of an image moved by as much; 0 never stops early.
         engine: "cpu" is the fast one, for inference in float32 without gradients; "torch" runs on any device, with gradients, in float64
-            too; "auto" takes the first where it can. They agree to 1e-4.
+            too; "auto" takes the first where it can. Their marginals agree to 1e-4; logarithms of very small ones do not, as the first
+            stops them at 1e-30.
         fast: the CPU engine works on every second pixel in early iterations, and 1 to 5 labels in 1,000 change; the torch engine has no
             such mode and gives the exact result. Not together with damping or tolerance.
         trainable: names from "weights", "compatibility", "bandwidths": these become parameters; the others are buffers.
@@ -80,8 +83,8 @@ class DenseCRF(nn.Module):
         for name in trainable:
             _one_of("trainable", name, TRAINABLE)
         for name, count in (("iterations", iterations), ("training_iterations", training_iterations)):
-            if count is not None and count < 0:
-                raise ValueError(f"{name}={count}; a number of iterations is 0 or more")
+            if count is not None and (not isinstance(count, int) or count < 0):
+                raise ValueError(f"{name}={count!r}; a number of iterations is a whole number, 0 or more")
         if not 0 < damping <= 1:
             raise ValueError(f"damping={damping}; it lies in (0, 1], where 1 takes every update in full")
         if not tolerance >= 0:
@@ -94,7 +97,8 @@ class DenseCRF(nn.Module):
         self.damping, self.tolerance, self.engine, self.fast = float(damping), float(tolerance), engine, bool(fast)
         self.trainable = tuple(trainable)
         self.kernels = nn.ModuleList(_Kernel(kernel, self.trainable) for kernel in kernels)
-        _hold(self, "compatibility", None if compatibility is None else _costs(compatibility), "compatibility" in trainable)
+        costs = None if compatibility is None else _costs(compatibility, trained="compatibility" in trainable)
+        _hold(self, "compatibility", costs, "compatibility" in trainable)
 
     def forward(self, logits: Tensor, image: Tensor, features: Tensor | None = None) -> Tensor:
         """Refine scores.
@@ -120,7 +124,8 @@ class DenseCRF(nn.Module):
 
     @torch.no_grad()
     def kl_divergence(self, logits: Tensor, image: Tensor, features: Tensor | None = None) -> Tensor:
-        """(N, iterations + 1) KL divergences of the marginals from the model, at the start and after every iteration.
+        """(N, iterations + 1) KL divergences of the marginals from the model, at the start and after every iteration; fewer where
+        `tolerance` stops it.
 
         They lack the constant log Z (which nobody can compute), so that only differences mean anything. Arguments as in a call. They
         fall as a rule; where they rise, as updating all pixels at once may make them, a `damping` below 1 helps.
@@ -180,7 +185,7 @@ class DenseCRF(nn.Module):
 
     def _steps(self, logits: Tensor, image: Tensor, features: Tensor | None) -> tuple[Iterator[Tensor], Tensor, list[Pairwise]]:
         images, classes = logits.shape[:2]
-        unary = -logits.log_softmax(1).flatten(2).transpose(1, 2).reshape(-1, classes)
+        unary = _energies(logits, 1).flatten(2).transpose(1, 2).reshape(-1, classes)
         pairwise = [
             Pairwise(GaussianFilter(kernel.features_of(image, features), self.normalisation), self._transform(kernel, logits))
             for kernel in self._kernels()
@@ -209,7 +214,7 @@ class DenseCRF(nn.Module):
                 )
                 for kernel in self._kernels()
             ]
-            unary = -logits[n].detach().log_softmax(0).flatten(1).cpu().numpy()
+            unary = _energies(logits[n].detach(), 0).flatten(1).cpu().numpy()
             log_q = mean_field_cpu.mean_field(
                 unary, kernels, self._rounds(), damping=self.damping, tolerance=self.tolerance, fast=self.fast, width=logits.shape[-1]
             )
@@ -293,6 +298,11 @@ class _Kernel(nn.Module):
         return torch.cat(parts, 1).flatten(2).transpose(1, 2)
 
 
+def _energies(logits: Tensor, axis: int) -> Tensor:
+    """-log softmax, held below 1e30: finite scores may lie further apart than float32 reaches."""
+    return logits.log_softmax(axis).neg().clamp(max=1e30)
+
+
 def _divided(values: Tensor, bandwidth: Tensor, name: str) -> Tensor:
     if not (bandwidth > 0).all():
         raise ValueError(f"{name}: bandwidth {bandwidth.tolist()}; it is positive. If it was trained, lower its learning rate")
@@ -316,9 +326,11 @@ def _numbers(name: str, value: Any, dimensions: int) -> Tensor:
     return numbers.detach().clone()
 
 
-def _costs(value: Sequence[Any] | Tensor) -> Tensor:
+def _costs(value: Sequence[Any] | Tensor, trained: bool) -> Tensor:
+    """Label costs; those that are `trained` are free, and may be negative or dear on the diagonal."""
     costs = _numbers("compatibility", value, 2)
-    if costs.ndim == 0 or (costs.ndim == 2 and (costs.shape[0] != costs.shape[1] or costs.diagonal().any() or (costs < 0).any())):
+    square = costs.ndim == 2 and costs.shape[0] == costs.shape[1]
+    if costs.ndim != 1 and not (square and (trained or not (costs.diagonal().any() or (costs < 0).any()))):
         raise ValueError(
             f"compatibility of shape {tuple(costs.shape)}, from {costs.min():g} to {costs.max():g}; it is None, K rewards of like labels, "
             "or K x K costs, none negative, with a zero diagonal"

@@ -148,7 +148,11 @@ class GaussianCRF(nn.Module):
             matrix = self.matrix()
             lam = self.log_lambda.exp().to(logits.dtype)
             scores, reports = logits - logits.mean(1, keepdim=True), []
-            for _ in range(self.layers):
+            # The system is linear; squares of scores beyond 1e19 would not fit into float32.
+            largest = scores.detach().abs().amax((1, 2, 3), keepdim=True)
+            unit = torch.where(largest > 1e9, largest, 1.0)
+            scores = scores / unit
+            for _ in range(self.layers if self.iterations else 0):
                 solved, report = gaussian_solve(
                     scores,
                     edges,
@@ -162,7 +166,7 @@ class GaussianCRF(nn.Module):
                 )
                 scores = lam * solved
                 reports.append(report)
-        return scores, reports
+        return scores * unit, reports
 
     def pairwise(self, image: Tensor) -> Tensor:
         """(N, D, H, W) weights of the edges of (N, C, H, W) images, or (N, D, K, K, H, W) blocks; negative draws scores together."""
@@ -186,8 +190,14 @@ class GaussianCRF(nn.Module):
         return (self.label_root + self.label_root.T) / 2
 
     def options(self) -> dict[str, Any]:
-        """What `GaussianCRF(**options)` was made with, in plain types. What was learned is in the state dict."""
-        return dict(self._options)
+        """The arguments that build this module again, in plain types, with the present weight, lambda and common sharpness.
+
+        What else was learned, matrices and the branch, is in the state dict.
+        """
+        present = {"weight": self.root_weight.item() ** 2, "lam": self.log_lambda.exp().item()}
+        if self.terms != "edges" and self.root_f.ndim == 0:
+            present["sharpness"] = self.root_f.item() ** 2
+        return {**self._options, **{key: float(f"{value:.6g}") for key, value in present.items()}}
 
 
 class Branch(nn.Module):
@@ -290,8 +300,8 @@ def _check_choices(options: dict[str, Any], costs: Tensor | None) -> None:
         if options[name] not in known:
             raise ValueError(f"{name} is {options[name]!r}; known: {', '.join(known)}")
     for name, least in (("classes", 1), ("channels", 1), ("layers", 0), ("width", 1), ("iterations", 0)):
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name} is {options[name]}; it must be {least} or more")
+        if options[name] is not None and (not isinstance(options[name], int) or options[name] < least):
+            raise ValueError(f"{name} is {options[name]!r}; it must be a whole number, {least} or more")
     for name in ("weight", "sharpness", "lam"):
         if not (0 < options[name] < float("inf") or (name == "weight" and options[name] == 0)):
             raise ValueError(f"{name} is {options[name]}; it must be finite and more than 0 (a weight of 0 changes nothing)")

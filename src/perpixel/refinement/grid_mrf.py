@@ -100,6 +100,8 @@ class GridMRF(nn.Module):
         ):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be finite and at least 0")
+        if iterations is not None and not isinstance(iterations, int):
+            raise ValueError(f"iterations is {iterations!r}; it is a whole number, 0 or more, or None")
         if damping is not None and not 0 <= damping < 1:
             raise ValueError(f"damping is {damping}; messages change only if it is at least 0 and below 1")
         if schedule not in (None, "sweeps", "synchronous") or (schedule == "sweeps" and neighbours == 8):
@@ -116,12 +118,13 @@ class GridMRF(nn.Module):
             costs = _checked_costs(compatibility)
             self._as_needed(costs)
             self.compatibility = nn.Parameter(costs, requires_grad=trainable)
-        self._given = {"strength": float(strength), "compatibility": None if self.compatibility is None else self.compatibility.tolist()}
 
     def options(self) -> dict[str, float | int | str | bool | list[list[float]] | None]:
-        """The constructor's arguments as plain JSON types, `GridMRF(**options)` rebuilds it; what was learned since is in `state_dict`."""
+        """The arguments that build this module again, in plain types; what is trained keeps its present values, as they count."""
         names = ("beta", "floor", "neighbours", "method", "iterations", "damping", "schedule", "repair_metric", "trainable")
-        return {**self._given, **{name: getattr(self, name) for name in names}}
+        costs = None if self.compatibility is None else _legal(self.compatibility.detach()).tolist()
+        learned = {"strength": max(self.strength.item(), 0.0), "compatibility": costs}
+        return {**learned, **{name: getattr(self, name) for name in names}}
 
     def forward(self, logits: Tensor, image: Tensor) -> Tensor:
         """Refined scores.
@@ -215,9 +218,7 @@ class GridMRF(nn.Module):
         classes = len(self.compatibility)
         if classes != logits.shape[1]:
             raise ValueError(f"label costs are {classes}x{classes} and the scores have {logits.shape[1]} classes; they must be as many")
-        costs = self.compatibility.to(logits).clamp(min=0)
-        costs = (costs + costs.T) / 2
-        return unary, weights, self._as_needed(costs - costs.diag().diag())
+        return unary, weights, self._as_needed(_legal(self.compatibility.to(logits)))
 
     def _as_needed(self, costs: Tensor) -> Tensor:
         """Label costs that the method can work with: for expansion a metric, or ValueError."""
@@ -251,6 +252,13 @@ class GridMRF(nn.Module):
 def _potts(unary: Tensor) -> Tensor:
     classes = unary.shape[1]
     return 1 - torch.eye(classes, dtype=unary.dtype, device=unary.device)
+
+
+def _legal(costs: Tensor) -> Tensor:
+    """(K, K) trained label costs as they count: not negative, symmetric, 0 on the diagonal."""
+    costs = costs.clamp(min=0)
+    costs = (costs + costs.T) / 2
+    return costs - costs.diag().diag()
 
 
 def _checked_costs(compatibility: Tensor | Sequence[Sequence[float]]) -> Tensor:

@@ -1,0 +1,220 @@
+"""Search: what each candidate for a refiner makes of a bundle's scores, image by image.
+
+From coarse to fine, as DeepLab's search goes (arXiv:1412.7062, section 5.1).
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perpixel.bundle import Bundle
+from perpixel.data.dataset import LabelledImages
+from perpixel.data.masks import read_mask
+from perpixel.metrics import tallies
+from perpixel.metrics.boundary import BoundaryF
+from perpixel.metrics.region import Region
+from perpixel.refinement.candidates import Candidate, Costs, coarse_grid, defaults, neighbours, with_costs
+from perpixel.refinement.compatibility import fit_compatibility
+from perpixel.refinement.refiners import build_refiner
+from perpixel.tiling import predict_tiled
+
+Progress = Callable[[int, int, str], None]  # (done, of, what)
+
+MEMORY = 4 * 2**30  # bytes of scores that are kept; images beyond are left out, as are those beyond the share of time for predictions
+FOLDS = 2
+COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for what lies around the best of it
+STRIP = 5  # pixels: void strips between objects are narrower
+
+# By the rule "truth", so that both sides of a comparison are means over the same classes in every resample: a few pixels of a class that is
+# nowhere in the truth would otherwise count as a whole class.
+set_miou = partial(tallies.miou, absent="truth")
+
+
+def miou(tally: np.ndarray) -> float:
+    """Mean IoU of (K, 3) tallies over the classes in the truth."""
+    return float(set_miou(tally))
+
+
+class Search:
+    """Scores of the images, kept, and the counts of each candidate on each of them.
+
+    Attributes:
+        scores: logits (1, K, H, W), image (1, C, H, W) and labels (H, W) of each image.
+        plain: (N, K, 3) tallies of the images without a refiner.
+        tables: the candidates tried, each with its tallies, by their keys.
+        folds: (N,) which images belong to each half.
+    """
+
+    def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None) -> None:
+        self.bundle, self.progress = bundle, progress
+        self.ignore, self.classes = bundle.label_map.ignore, len(bundle.card.classes)
+        self.scores: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.damaged: dict[str, str] = {}
+        self.tables: dict[str, tuple[Candidate, np.ndarray]] = {}
+        self.left_out = self._predict(images, until)
+        if not self.scores:
+            raise ValueError(f"none of {len(images)} images could be read. The first: {next(iter(self.damaged.values()))}")
+        self.plain = self.counts(None)
+        # The first half and the second: neighbouring frames of a film or slices of a stack, which are much alike, fall into the same one.
+        self.folds = [np.arange(len(self.scores)) * FOLDS // len(self.scores) == fold for fold in range(FOLDS)]
+
+    @torch.inference_mode()
+    def _predict(self, images: LabelledImages, until: float) -> int:
+        """Keeps the scores of as many images as memory and time allow, at least one; returns how many it left out."""
+        card, device = self.bundle.card, next(self.bundle.model.parameters()).device
+        kept: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+        used = 0
+        for place, index in enumerate(_evenly(len(images))):
+            if kept and (used > MEMORY or time.monotonic() > until):
+                break
+            try:
+                example = images[index]
+            except ValueError as error:
+                self.damaged[str(images.pairs[index].image)] = str(error)
+                continue
+            logits = predict_tiled(self.bundle.model, self.bundle.normalize(example.image.to(device)), card.tile, card.overlap).float()
+            kept.append((index, (logits[None], example.image[None], example.labels)))
+            used += logits.numel() * 4 + example.image.numel() * example.image.element_size() + example.labels.numel()
+            self._say(place + 1, len(images), "predicting")
+        self.scores = [scores for _, scores in sorted(kept, key=lambda entry: entry[0])]
+        return len(images) - len(kept) - len(self.damaged)
+
+    def closing_seconds(self) -> float:
+        """About how long the boundary scores take in the end, without and with a refiner: twice those of one image for each."""
+        start = time.monotonic()
+        for _ in range(2):  # the first loads what is compiled
+            start = time.monotonic()
+            for _, labels, predicted in self.labelled(None, [0]):
+                BoundaryF(self.classes).update(labels, predicted, ignore=self.ignore)
+        return 2.5 * (time.monotonic() - start) * len(self.scores)
+
+    def explore(self, name: str, costs: Costs | None, until: float, *, only_learned: bool = False) -> None:
+        """The refiner's defaults, a coarse grid, then what lies around the best, until time is over. The defaults are always tried.
+
+        `costs` are tried beside Potts', or with `only_learned` in every candidate.
+        """
+        start = time.monotonic()
+        coarse = [defaults(name, self.bundle.full_scale / 255), *coarse_grid(name, self.bundle.full_scale / 255)]
+        if only_learned and costs is not None:
+            coarse = [with_costs(candidate, costs) for candidate in coarse]
+        thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
+        ranked = []
+        for number, candidate in enumerate(coarse):
+            if number and time.monotonic() > start + COARSE_SHARE * (until - start):
+                break
+            ranked.append((miou(self.counts(candidate, thin).sum(0)), candidate))
+            self._say(number + 1, len(coarse), f"{name}: coarse")
+        tried = int(self.attempt(coarse[0]))
+        ranked.sort(key=lambda entry: -entry[0])
+        tried += self.attempt(ranked[0][1])
+        for candidate in self._around(name, ranked, costs, only_learned):
+            if time.monotonic() > until:
+                break
+            tried += self.attempt(candidate)
+            self._say(tried, tried + 1, f"{name}: fine")
+
+    def _thinned(self, candidate: Candidate, count: int, seconds: float) -> list[int]:
+        """Images for the coarse grid: all, or those at even distances that the time allows."""
+        self.counts(candidate, [0])  # loads what is compiled
+        start = time.monotonic()
+        self.counts(candidate, [0])
+        each = time.monotonic() - start
+        step = max(1, int(np.ceil(len(self.scores) * each * count / max(seconds, 1e-9))))
+        return list(range(0, len(self.scores), min(step, max(1, len(self.scores) // 4))))
+
+    def _around(self, name: str, ranked: list[tuple[float, Candidate]], costs: Costs | None, only_learned: bool) -> Iterator[Candidate]:
+        """Candidates near the best so far, nearer and nearer: those of each half of the images, of all, and the runners-up."""
+        for _, candidate in ranked[1:3]:
+            yield candidate
+        for step in (2**0.5, 2**0.25):
+            for centre in self._leaders(name, only_learned):
+                yield from neighbours(centre, step, costs)
+
+    def _leaders(self, name: str, only_learned: bool) -> list[Candidate]:
+        """The best candidate of this refiner on each half and on all images."""
+        own = [entry for entry in self.tables.values() if entry[0].name == name and (entry[0].learned or not only_learned)]
+        picks = [self.best(own, fold)[0] for fold in [*self.folds, np.ones(len(self.scores), bool)] if fold.any()]
+        return list({candidate.key: candidate for candidate in picks}.values())
+
+    def attempt(self, candidate: Candidate) -> bool:
+        """Counts a candidate on all images, once."""
+        if candidate.key in self.tables:
+            return False
+        self.tables[candidate.key] = (candidate, self.counts(candidate))
+        return True
+
+    def counts(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> np.ndarray:
+        """(N, K, 3) tallies of the images, refined by the candidate or as they are."""
+        region = Region(self.classes)
+        for _, labels, predicted in self.labelled(candidate, indices):
+            region.update(labels, predicted, ignore=self.ignore)
+        return region.images.table
+
+    def labelled(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        refiner = None if candidate is None else self._built(candidate)
+        for index in range(len(self.scores)) if indices is None else indices:
+            logits, image, labels = self.scores[index]
+            with torch.inference_mode():
+                refined = logits if refiner is None else refiner(logits, image)
+            yield index, labels, refined[0].argmax(0).cpu()
+
+    def _built(self, candidate: Candidate) -> nn.Module:
+        return build_refiner(candidate.name, candidate.options).to(self.scores[0][0].device)
+
+    def best(self, entries: Iterable[tuple[Candidate, np.ndarray]], images: np.ndarray) -> tuple[Candidate, np.ndarray]:
+        """The candidate of the highest mIoU on some of the images, with its counts on all; the earlier of equals."""
+        return max(entries, key=lambda entry: np.nan_to_num(miou(entry[1][images].sum(0)), nan=-1.0))
+
+    def cross_fitted(self, entries: Sequence[tuple[Candidate, np.ndarray]]) -> list[tuple[Candidate, np.ndarray]]:
+        """For each half, the candidate that is best on the other half, with its counts on all images."""
+        return [self.best(entries, ~fold if (~fold).any() else fold) for fold in self.folds]
+
+    def _say(self, done: int, of: int, what: str) -> None:
+        if self.progress is not None:
+            self.progress(done, of, what)
+
+
+def _evenly(count: int) -> list[int]:
+    """0..count - 1 in an order of which every beginning is spread over the whole: that of the bits read backwards."""
+    bits = max(1, (count - 1).bit_length())
+    order = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [index for index in order if index < count]
+
+
+def learned_costs(masks: Sequence[Any], bundle: Bundle) -> Costs | None:
+    """Label costs of the training masks, across the void strips between objects where there are such; None if nothing is to be learned."""
+    label_map, classes = bundle.label_map, len(bundle.card.classes)
+    if classes < 2:
+        return None
+
+    def readable() -> Iterator[np.ndarray]:
+        for mask in masks:
+            try:
+                labels = label_map(read_mask(mask), str(mask))
+            except ValueError:  # a damaged mask; training and `check` name it
+                continue
+            yield labels
+
+    try:
+        distance = _border_distance(itertools.islice(readable(), 50), label_map.ignore)
+        costs = fit_compatibility(readable(), classes, distance=distance, ignore=label_map.ignore)
+    except ValueError:  # no training masks, or no two classes that touch
+        return None
+    return [[round(value, 4) for value in row] for row in costs.tolist()]
+
+
+def _border_distance(masks: Iterable[np.ndarray], ignore: int) -> int:
+    """At which distance labels meet, in pixels: 1, or across a strip of void that has more borders than the labels have with each other."""
+    touching = strips = 0
+    for labels in masks:
+        for near, far in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
+            differ, void = near != far, (near == ignore) | (far == ignore)
+            touching += int((differ & ~void).sum())
+            strips += int((differ & void).sum()) // 2  # a strip has two sides
+    return STRIP if strips > touching else 1
