@@ -4,8 +4,9 @@ PYTHONPATH=FOLDER_WITH_PYDENSECRF python benchmarks/speed_crf.py [--threads 1 2]
 
 pydensecrf is built from its repository (`pip install cython==0.29.36 git+https://github.com/lucasb-eyer/pydensecrf`); where it cannot be
 imported only our own times are taken, and the file says so. Both sides get the same energies and image, in turns, and start from nothing:
-lattices are built within the time. The figure is the median, over the pairs of calls, of its time divided by ours. Labels must be the same,
-and marginals within 1e-4, or the run fails.
+lattices are built within the time. The figure is the median, over the pairs of calls, of its time divided by ours. Marginals must be within
+1e-4, and labels the same but for one pixel in 10,000, or the run fails: of labels whose marginals differ by less than the two sides do,
+either may come first.
 """
 
 import argparse
@@ -36,6 +37,8 @@ except ImportError:
 HERE = Path(__file__).parent
 # Photographs below --data: folder, names, how many. The examples of Kraehenbuehl & Koltun's code, and MSRC-21.
 PHOTOGRAPHS = (("crf_examples", "im*.png", 3), ("msrc21/JPEGImages", "*.jpg", 5))
+# Share of pixels whose two likeliest labels may be tied.
+TIES = 1e-4
 # The settings of pydensecrf's own example: standard deviations in pixels and grey values, strengths, iterations.
 PLACE, COLOUR, SMOOTH, APPEARANCE_WEIGHT, SMOOTH_WEIGHT, ITERATIONS = 80.0, 13.0, 3.0, 10.0, 3.0, 10
 # Seconds until the first answer of a new process, with a small image: imports, and compiled code from the cache.
@@ -98,7 +101,7 @@ def ours(image: np.ndarray, unary: np.ndarray, threads: int, fast: bool = False)
     """(K, P) marginals."""
     appearance, place = features(image)
     kernels = [GaussianKernel(appearance, np.float32(-APPEARANCE_WEIGHT)), GaussianKernel(place, np.float32(-SMOOTH_WEIGHT))]
-    return mean_field(unary, kernels, ITERATIONS, threads=threads, fast=fast)
+    return mean_field(unary, kernels, ITERATIONS, threads=threads, fast=fast, width=image.shape[1])
 
 
 def peer(image: np.ndarray, unary: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -175,18 +178,19 @@ def main() -> None:
         if given.only and name not in given.only:
             continue
         size = image.shape[:2]
+        pixels = size[0] * size[1]
         vertices = lattices([features(image)[0]], 1).starts[-1] - 1
         for labels in given.labels:
             unary = energies(labels, size, 1)
             for threads in given.threads:
                 for fast in (False, True) if threads == max(given.threads) and labels == given.labels[0] else (False,):
                     row = {"scene": name, "size": list(size), "labels": labels, "threads": threads, "fast": fast}
-                    row["vertices_per_pixel"] = round(float(vertices) / (size[0] * size[1]), 3)
+                    row["vertices_per_pixel"] = round(float(vertices) / pixels, 3)
                     row |= compare(image, unary, threads, fast, given.repeats)
                     rows.append(row)
                     sys.stdout.write(json.dumps(row) + "\n")
                     sys.stdout.flush()
-                    if not fast and DenseCRF2D and (row["labels_that_differ"] or row["largest_difference"] > 1e-4):
+                    if not fast and DenseCRF2D and (row["labels_that_differ"] > pixels * TIES or row["largest_difference"] > 1e-4):
                         wrong.append(f"{name}, {labels} labels")
     result: dict[str, Any] = {
         "command": f"python benchmarks/speed_crf.py {' '.join(sys.argv[1:])}".strip(),

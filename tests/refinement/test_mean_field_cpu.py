@@ -217,9 +217,9 @@ def test_fast_mode_keeps_nearly_all_labels(width):
     unary = energies(4, height * width, scale=1)
     unary[0, appearance[:, 2] < 1.5] -= 1
     unary[1, appearance[:, 2] >= 1.5] -= 1
-    full, fast = (mean_field(unary, kernels, 10, fast=fast) for fast in (False, True))
+    full, fast = (mean_field(unary, kernels, 5, fast=fast, width=width) for fast in (False, True))
     assert (full.argmax(0) == fast.argmax(0)).mean() > 0.995
-    assert not np.array_equal(full, fast)
+    assert not np.array_equal(full, fast)  # a few updates more, and both have converged to the same bits
     np.testing.assert_allclose(np.exp(fast).sum(0), 1, atol=1e-4)
 
 

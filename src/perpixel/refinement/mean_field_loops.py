@@ -45,65 +45,74 @@ def scaled(weights, first_column, last_column, factors, first, last):  # type: i
 
 
 @njit(cache=True, nogil=True)
-def blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k_first, k_last):  # type: ignore[no-untyped-def]
-    """Add up the tables of the team, and blur the sum along every axis; it ends in the last table."""
+def blur(number, team, opened, width, chunks, tables, first, starts, chains, links, k_first, k_last):  # type: ignore[no-untyped-def]
+    """Add up the team's tables, `first` and the next ones around the end, into the first, and blur it in place along every axis."""
     lanes = len(width)
-    size = chunks * lanes
-    blurred = tables[len(tables) - 1]
-    axes = 0
+    size = len(chunks) * lanes
+    table = tables[first]
     wait(opened, team)
-    for k in range(k_first, k_last):
-        own = columns[k + 1] - columns[k]
-        axes = max(axes, own)
-        # Each pass goes from one of two tables to the other; the last must end in `blurred`, which an even number also starts from.
-        to = blurred if own % 2 == 0 else tables[0]
-        first, last = share(starts[k], starts[k + 1], number, team)
-        for i in range(first * size, last * size, lanes):
-            vector = load(tables[0], i, width)
-            for t in range(1, team):
-                vector = plus(vector, load(tables[t], i, width))
-            store(to, i, vector)
-    wait(opened, team)
-    half = np.float32(0.5)
-    for axis in range(axes):
+    if team > 1:
+        begin, end = share(starts[k_first], starts[k_last], number, team)
+        for t in range(1, team):
+            other = tables[(first + t) % len(tables)]
+            for i in range(begin * size, end * size, lanes):
+                store(table, i, plus(load(table, i, width), load(other, i, width)))
+        wait(opened, team)
+    for axis in range(links.shape[1] - 1):
         for k in range(k_first, k_last):
-            left = columns[k + 1] - columns[k] - axis
-            if left < 1:
-                continue
-            old, new = (tables[0], blurred) if left % 2 else (blurred, tables[0])
-            first, last = share(starts[k], starts[k + 1], number, team)
-            for r in range(first, last):
-                pair = 2 * (axis * neighbours.shape[1] + r)
-                one = fetch(neighbours, pair) * size
-                two = fetch(neighbours, pair + 1) * size
-                for b in range(chunks):
-                    i = b * lanes
-                    sides = plus(load(old, one + i, width), load(old, two + i, width))
-                    store(new, r * size + i, add_scaled(load(old, r * size + i, width), half, sides))
+            if links[k, axis] < links[k, axis + 1]:
+                begin, end = _own_chains(chains, links[k, axis], links[k, axis + 1], number, team)
+                for b in range(len(chunks)):
+                    _blur_chains(width, size, table, b * lanes, chains, begin, end)
         wait(opened, team)
 
 
 @njit(cache=True, nogil=True)
-def pass_through(number, team, opened, width, chunks, values, out, rows, splat, slices, neighbours, columns, starts, tables, k):  # type: ignore[no-untyped-def]
+def _own_chains(chains, first, last, number, team):  # type: ignore[no-untyped-def]
+    """The chains that fall to a member of the team, as the places of the 0 before and of that after them."""
+    begin, end = share(first, last - 1, number, team)
+    while chains[begin]:
+        begin += 1
+    while chains[end]:
+        end += 1
+    return begin, end
+
+
+@njit(cache=True, nogil=True)
+def _blur_chains(width, size, table, i, chains, begin, end):  # type: ignore[no-untyped-def]
+    """Filter the rows of every chain with (1/2, 1, 1/2). Each row is read once: the next one's old value is kept in registers."""
+    half = np.float32(0.5)
+    nothing = filled(np.float32(0), width)
+    before, here, at = nothing, nothing, np.int64(0)
+    for n in range(begin + 1, end + 1):
+        row = np.int64(fetch(chains, n))
+        after = load(table, row * size + i, width)  # row 0 is 0, so a chain ends by itself
+        if at:
+            store(table, at * size + i, add_scaled(here, half, plus(before, after)))
+        before, here, at = here, after, row
+
+
+@njit(cache=True, nogil=True)
+def pass_through(number, team, opened, width, chunks, values, out, rows, splat, slices, columns, starts, chains, links, tables, k):  # type: ignore[no-untyped-def]
     """One kernel's filter of rows: splat, blur, slice."""
     lanes = len(width)
-    size = chunks * lanes
+    size = len(chunks) * lanes
     flat, result = values.reshape(values.size), out.reshape(out.size)
     terms = rows.shape[1]
     first, last = share(0, len(rows), number, team)
     own = tables[number]
     own[:] = 0
     for p in range(first, last):
-        for b in range(chunks):
+        for b in range(len(chunks)):
             i = b * lanes
             vector = load(flat, p * size + i, width)
             for j in range(p * terms + columns[k], p * terms + columns[k + 1]):
                 place = fetch(rows, j) * size + i
                 store(own, place, add_scaled(load(own, place, width), fetch(splat, j), vector))
-    blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, k, k + 1)
-    blurred = tables[len(tables) - 1]
+    blur(number, team, opened, width, chunks, tables, 0, starts, chains, links, k, k + 1)
+    blurred = tables[0]
     for p in range(first, last):
-        for b in range(chunks):
+        for b in range(len(chunks)):
             i = b * lanes
             vector = filled(np.float32(0), width)
             for j in range(p * terms + columns[k], p * terms + columns[k + 1]):
@@ -115,13 +124,13 @@ def pass_through(number, team, opened, width, chunks, values, out, rows, splat, 
 def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch):  # type: ignore[no-untyped-def]
     """Multiply kernel k's rows of the blurred table by a matrix of labels, (channels, width): slicing is linear, and vertices are fewer."""
     lanes = len(width)
-    size = chunks * lanes
+    size = len(chunks) * lanes
     flat = matrix.reshape(matrix.size)
     first, last = share(starts[k], starts[k + 1], number, team)
     for r in range(first, last):
         for i in range(size):
             scratch[i] = table[r * size + i]
-        for b in range(chunks):
+        for b in range(len(chunks)):
             i = b * lanes
             vector = filled(np.float32(0), width)
             for c in range(len(matrix)):
@@ -129,20 +138,26 @@ def mix_labels(number, team, width, chunks, table, starts, k, matrix, scratch): 
             store(table, r * size + i, vector)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
-def _pixel(p, last, step, turn):  # type: ignore[no-untyped-def]
-    """Of two neighbours at p, where only one is updated, the one whose turn it is: a checkerboard that alternates where the width is odd,
-    columns that alternate where it is even."""
-    return p if step == 1 else min(p + (turn & 1), last - 1)
+@njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _pixel(p, last, step, turn, even):  # type: ignore[no-untyped-def]
+    """Of two neighbours at p, where only one is updated, the one whose turn it is, so that a checkerboard alternates.
+
+    `even` is the image's width where that is even, else 0: with an odd width every second pixel already is a checkerboard.
+    """
+    if step == 1:
+        return p
+    return min(p + ((turn + (p // even if even else 0)) & 1), last - 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def update(  # type: ignore[no-untyped-def]
-    width, chunks, channels, unary, rows, splat, slices, blurred, own, block, kept, out, turn, final, damping, first, last, step
-):
+    width, chunks, terms, channels, unary, rows, splat, slices, blurred, own, block, kept, out,
+    turn, final, damping, first, last, step, even,
+):  # fmt: skip
     """One update of one pixel in `step` (1 or 2) of a band; the largest change of a probability where `kept` has the old ones.
 
     Args:
+        width, chunks, terms: tuples as long as a vector, as a row in vectors, as a pixel has vertices: the compiler knows lengths.
         unary: (P * width,) scores before messages.
         blurred: the table to slice, unless `turn` is 0.
         own: the table to splat into.
@@ -151,8 +166,8 @@ def update(  # type: ignore[no-untyped-def]
         out: (K, P) log-probabilities, written instead of splatting where `final`.
     """
     lanes = len(width)
-    size = chunks * lanes
-    terms = rows.shape[1]
+    size = len(chunks) * lanes
+    corners = len(terms)
     spare = np.float32(1 - (size - channels))
     scores = block[: BLOCK * (size + 1)]
     powers = block[BLOCK * (size + 1) :]
@@ -162,28 +177,28 @@ def update(  # type: ignore[no-untyped-def]
     for start in range(first, last, BLOCK * step):
         count = min(BLOCK, (last - start + step - 1) // step)
         for n in range(count):
-            p = _pixel(start + n * step, last, step, turn)
+            p = _pixel(start + n * step, last, step, turn, even)
             peak = np.float32(0)  # the last label's score
-            for b in range(chunks):
+            for b in range(len(chunks)):
                 i = b * lanes
                 score = load(unary, p * size + i, width)
                 if turn > 0:
-                    for j in range(p * terms, (p + 1) * terms):
+                    for j in range(p * corners, (p + 1) * corners):
                         score = add_scaled(score, fetch(slices, j), load(blurred, fetch(rows, j) * size + i, width))
                 peak = max(peak, largest(score))
                 store(scores, n * size + i, score)
             low = filled(-peak, width)
-            for b in range(chunks):
+            for b in range(len(chunks)):
                 i = n * size + b * lanes
                 store(scores, i, plus(load(scores, i, width), low))
             scores[BLOCK * size + n] = -peak
         for i in range(0, BLOCK * (size + 1), BLOCK):
             store(powers, i, power(load(scores, i, _SIXTEEN)))
         for n in range(count):
-            p = _pixel(start + n * step, last, step, turn)
+            p = _pixel(start + n * step, last, step, turn, even)
             least = powers[BLOCK * size + n]
             whole = spare * least  # unused lanes are as large as the last label's, and counted by `total`
-            for b in range(chunks):
+            for b in range(len(chunks)):
                 i = n * size + b * lanes
                 whole += total(load(powers, i, width))
             if final:
@@ -191,9 +206,9 @@ def update(  # type: ignore[no-untyped-def]
                 continue
             inverse = np.float32(1) / whole
             if keeps:
-                for b in range(chunks + 1):  # the last label's is alone in a vector whose other lanes are its copies
+                for b in range(len(chunks) + 1):  # the last label's is alone in a vector whose other lanes are its copies
                     i = n * size + b * lanes
-                    q = load(powers, i, width) if b < chunks else filled(least, width)
+                    q = load(powers, i, width) if b < len(chunks) else filled(least, width)
                     at = p * (size + lanes) + b * lanes
                     before = load(old, at, width)
                     q = add_scaled(filled(np.float32(0), width), inverse, q)
@@ -201,15 +216,15 @@ def update(  # type: ignore[no-untyped-def]
                         q = add_scaled(add_scaled(filled(np.float32(0), width), damping, q), np.float32(1) - damping, before)
                     change = farther(change, q, before)
                     store(old, at, q)
-                    if b < chunks:
+                    if b < len(chunks):
                         store(powers, i, q)
                 least = old[p * (size + lanes) + size]
                 inverse = np.float32(1)
-            for b in range(chunks):
+            for b in range(len(chunks)):
                 i = b * lanes
                 # Unused lanes give exactly 0: what rounding left there would grow from update to update where messages are strong.
                 q = above(load(powers, n * size + i, width), least, inverse * np.float32(step))
-                for j in range(p * terms, (p + 1) * terms):
+                for j in range(p * corners, (p + 1) * corners):
                     place = fetch(rows, j) * size + i
                     store(own, place, add_scaled(load(own, place, width), fetch(splat, j), q))
         if final:
@@ -233,30 +248,33 @@ def _write(out, start, count, scores, logs, size, channels, old, stride, damping
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def infer(  # type: ignore[no-untyped-def]
-    number, team, opened, width, chunks, channels, unary, begin, rows, splat, slices, neighbours, columns, starts,
-    tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse,
+    number, team, opened, width, chunks, terms, channels, unary, begin, rows, splat, slices, columns, starts, chains, links,
+    tables, blocks, matrices, mixed, kept, changes, out, iterations, damping, tolerance, coarse, even,
 ):  # fmt: skip
     """One thread's part of mean field from the softmax of `begin`; writes the log-probabilities of the last update to `out`.
 
     `coarse` early updates are of every second pixel. With a tolerance, an update that changes no probability by more is the last but one.
     """
     first, last = share(0, len(rows), number, team)
-    own, blurred, block = tables[number], tables[len(tables) - 1], blocks[number]
+    block = blocks[number]
+    around = team + 1  # tables: those that are splatted into, and the one that is sliced; that changes from turn to turn
     done = False
     for turn in range(iterations + 1):  # turn 0 is the softmax of `begin`
+        sliced = turn % around
+        blurred, own = tables[sliced], tables[(sliced + 1 + number) % around]
         if turn > 0:
-            blur(number, team, opened, width, chunks, tables, neighbours, columns, starts, 0, len(starts) - 1)
+            blur(number, team, opened, width, chunks, tables[:around], sliced, starts, chains, links, 0, len(starts) - 1)
             for k in range(len(starts) - 1):
                 if mixed[k]:
                     mix_labels(number, team, width, chunks, blurred, starts, k, matrices[k], block)
-            wait(opened, team)
+                    wait(opened, team)
         own[:] = 0
         if tolerance > 0 and turn > 1:
             done = changes[:team].max() < tolerance
         final = done or turn == iterations
         changes[number] = update(
-            width, chunks, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
-            turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1,
+            width, chunks, terms, channels, unary if turn else begin, rows, splat, slices, blurred, own, block, kept, out,
+            turn, final, damping if turn else np.float32(1), first, last, 2 if turn < coarse else 1, even,
         )  # fmt: skip
         if final:
             break

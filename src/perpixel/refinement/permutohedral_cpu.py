@@ -32,16 +32,19 @@ class Lattices:
     Attributes:
         rows: (P, J) int32, the table rows that a pixel lies between; J is the sum of d + 1 over the kernels.
         weights: (P, J) float32, barycentric; those of one kernel add up to 1.
-        neighbours: (A, R, 2) int32, the two neighbours of each of R table rows along each axis; A is the greatest d + 1.
         columns: kernel k has columns[k] to columns[k + 1] of `rows` and `weights`.
-        starts: kernel k has table rows starts[k] to starts[k + 1].
+        starts: kernel k has table rows starts[k] to starts[k + 1]; the last is the number of rows.
+        chains: int32, table rows in the order in which they are neighbours along an axis, with a 0 before, between and after chains. Rows
+            without a neighbour along an axis are in none.
+        links: (kernels, A + 1): kernel k's chains along axis a begin with the 0 at links[k, a] and end with that before links[k, a + 1].
     """
 
     rows: NDArray[np.int32]
     weights: NDArray[np.float32]
-    neighbours: NDArray[np.int32]
     columns: NDArray[np.int64]
     starts: NDArray[np.int64]
+    chains: NDArray[np.int32]
+    links: NDArray[np.int64]
 
 
 def lattices(features: Sequence[NDArray[np.float32]], threads: int) -> Lattices:
@@ -54,15 +57,17 @@ def lattices(features: Sequence[NDArray[np.float32]], threads: int) -> Lattices:
     columns = np.cumsum([0, *(f.shape[1] + 1 for f in features)])
     rows = np.empty((pixels, columns[-1]), np.int32)
     weights = np.empty((pixels, columns[-1]), np.float32)
-    starts, neighbours = [1], []
-    for values, column in zip(features, columns[:-1], strict=True):
-        found = _one_lattice(values, rows, weights, int(column), starts[-1], threads)
-        neighbours.append(found)
-        starts.append(starts[-1] + found.shape[1])
-    together_ = np.zeros((max(n.shape[0] for n in neighbours), starts[-1], 2), np.int32)
-    for start, found in zip(starts[:-1], neighbours, strict=True):
-        together_[: found.shape[0], start : start + found.shape[1]] = found
-    return Lattices(rows, weights, together_, columns, np.array(starts))
+    axes = max(f.shape[1] for f in features) + 1
+    starts = [1]
+    chains, lengths = [], np.zeros((len(features), axes), np.int64)
+    for k, values in enumerate(features):
+        count, found = _one_lattice(values, rows, weights, int(columns[k]), starts[-1], threads)
+        starts.append(starts[-1] + count)
+        chains += found
+        lengths[k, : len(found)] = [len(axis) for axis in found]
+    ends = np.cumsum(lengths).reshape(lengths.shape)
+    links = np.hstack([ends[:, :1] - lengths[:, :1], ends])
+    return Lattices(rows, weights, columns, np.array(starts), np.concatenate(chains), links)
 
 
 def scales(d: int) -> NDArray[np.float32]:
@@ -102,8 +107,8 @@ def _packing(features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[
 
 def _one_lattice(
     features: NDArray[np.float32], rows: NDArray[np.int32], weights: NDArray[np.float32], column: int, start: int, threads: int
-) -> NDArray[np.int32]:
-    """Fill the kernel's columns of `rows` and `weights`; the neighbours (d + 1, vertices, 2) of its vertices."""
+) -> tuple[int, list[NDArray[np.int32]]]:
+    """Fill the kernel's columns of `rows` and `weights`; how many vertices it has, and their chains along each axis."""
     d = features.shape[1]
     lows, strides = _packing(features)
     pixels = len(features)
@@ -118,16 +123,17 @@ def _one_lattice(
         slots, keys = _roomy(slots, keys, count, size)
         names.append(np.empty(size, np.int32))
         count = _absorb(slots, keys, count, more, names[-1], start)
-    neighbours = np.zeros((d + 1, count, 2), np.int32)  # 0 is the row that no pixel touches
     steps = (d + 1) * np.hstack([strides, np.zeros((len(strides), 1), np.int64)]) - strides.sum(1, keepdims=True)
+    chains = [np.empty(0, np.int32)] * (d + 1)
 
     def finish(number: int, team: int) -> None:
         for part in range(1 + number, len(names), team):
             _rename(rows, *share(0, pixels, part, len(names)), column, d + 1, names[part])
-        _neighbours(slots, keys, steps, start, neighbours, *share(0, count, number, team))
+        for axis in range(number, d + 1, team):
+            chains[axis] = _chains(slots, keys, count, np.ascontiguousarray(steps[:, axis]), start)
 
     in_team(finish, len(names))
-    return neighbours
+    return count, chains
 
 
 @njit(cache=True, nogil=True, forceinline=True)  # a call would pass some thirty numbers on the stack
@@ -304,18 +310,32 @@ def _rename(rows, first, last, column, width, names):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _neighbours(slots, keys, steps, start, neighbours, first, last):  # type: ignore[no-untyped-def]
-    """Fill in the rows of vertices that are neighbours along an axis. Found from one side, a pair is entered on both."""
+def _chains(slots, keys, count, step, start):  # type: ignore[no-untyped-def]
+    """The rows of vertices that follow one another in steps, chain after chain, a 0 before each and after the last."""
     words = keys.shape[1]
     key = np.empty(words, np.int64)
-    for axis in range(steps.shape[1]):
-        for vertex in range(first, last):
-            for w in range(words):
-                key[w] = keys[vertex, w] + steps[w, axis]
-            number = slots[_slot(slots, keys, words, key, 0, 1)]
-            if number:
-                neighbours[axis, vertex, 0] = start + number - 1
-                neighbours[axis, number - 1, 1] = start + vertex
+    after = np.zeros(count + 1, np.int32)  # numbers plus 1, as in `slots`; 0 is none
+    follows = np.zeros(count + 1, np.bool_)
+    for vertex in range(count):
+        for w in range(words):
+            key[w] = keys[vertex, w] + step[w]
+        number = slots[_slot(slots, keys, words, key, 0, 1)]
+        after[vertex + 1] = number
+        follows[number] = True
+    chains = np.empty(count + count // 2 + 2, np.int32)  # a chain has two rows or more, and one 0
+    chains[0] = 0
+    size = 1
+    for number in range(1, count + 1):
+        if follows[number] or after[number] == 0:
+            continue
+        link = number
+        while link:
+            chains[size] = start + link - 1
+            size += 1
+            link = after[link]
+        chains[size] = 0
+        size += 1
+    return chains[:size].copy()
 
 
 @njit(cache=True, nogil=True)
