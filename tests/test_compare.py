@@ -107,10 +107,28 @@ def test_a_clear_gain_is_real_whichever_comes_first_and_a_run_beside_itself_is_n
     assert same.differences["miou"].low == same.differences["miou"].high == 0
 
 
-def test_one_image_tells_nothing_of_others(file):
-    (found,) = compare([file("a", 0.1, numbers=[0]), file("b", 0.6, numbers=[0])])
+@pytest.mark.parametrize("images", [1, 5])
+def test_few_images_tell_nothing_of_others_however_much_they_agree(file, images):
+    (found,) = compare([file("a", 0.1, numbers=range(images)), file("b", 0.6, numbers=range(images))])
     assert "tell nothing of others" in found.verdict
+    assert not any(row["real"] for row in [*found.to_json()["scores"].values(), *found.to_json()["classes"]])
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_a_class_that_few_images_hold_does_not_tilt_the_difference(tmp_path):
+    """One of 12 images holds class 2; the second run predicts a pixel of it everywhere, and is else the same."""
+    truth = np.arange(64) % 2
+    for name, spurious in (("a", 0), ("b", 1)):
+        region = Region(3)
+        for number in range(12):
+            labels = np.full(64, 2) if number == 0 else truth
+            predicted = labels.copy()
+            predicted[:spurious] = 2
+            region.update(labels, predicted, name=f"{number}.png")
+        Evaluation(region, ["x", "y", "z"], {f"{n}.png": 0.1 for n in range(12)}).to_file(tmp_path / f"{name}.json")
+    (found,) = compare([tmp_path / "a.json", tmp_path / "b.json"])
+    (tilted,) = compare([tmp_path / "a.json", tmp_path / "b.json"], absent="union")
+    assert abs(found.differences["miou"].low) < 0.1 < abs(tilted.differences["miou"].low)
 
 
 def test_several_runs_are_each_compared_with_the_first(file):
@@ -182,9 +200,9 @@ def test_the_command_compares_a_run_with_a_file_of_evaluate(run, sample_set, tmp
     assert said.code == 0
     said = command("compare", run, out)
     assert said.code == 0
-    assert "no difference is shown" in said.out
+    assert "so few images tell nothing of others" in said.out
     told = json.loads(command("compare", run, out, "--json").out)
     assert told[0]["images"] == 4
     assert command("compare", run, out, "--html", tmp_path / "page.html").code == 0
-    assert "no difference is shown" in (tmp_path / "page.html").read_text()
+    assert "so few images tell nothing of others" in (tmp_path / "page.html").read_text()
     assert command("compare", run).code == 2

@@ -234,7 +234,7 @@ def tune(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or files written by `perpixel evaluate --json-out`.")],
-    absent: Absent = "union",
+    absent: Absent = "truth",
     json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write it here as a page.")] = None,
 ) -> None:

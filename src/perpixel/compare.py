@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from perpixel.metrics import ABSENT_RULES, tallies
-from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
+from perpixel.metrics.intervals import FEW, Interval, difference, value_mean, values_table
 from perpixel.metrics.tallies import PerImage
 from perpixel.scores import plain
 
@@ -77,7 +77,7 @@ class Pairing:
         """One line: whether the difference in mIoU is real."""
         found = self.differences["miou"]
         gain = f"{100 * found.value:+.2f} points of mIoU (95 % {100 * found.low:+.2f} to {100 * found.high:+.2f}, {self.images} images)"
-        if not np.isfinite(found.low):
+        if found.images < FEW or not np.isfinite(found.low):
             return f"{self.second} against {self.first}: {gain}; so few images tell nothing of others"
         if found.above_zero or found.below_zero:
             better = self.second if found.above_zero else self.first
@@ -88,8 +88,9 @@ class Pairing:
         """Plain types; None where there is no number."""
         iou = self.differences["iou"]
         columns = (*self.iou, *(np.asarray(part) for part in (iou.value, iou.low, iou.high)))
-        keys = ("name", "first", "second", "difference", "low", "high")
-        rows = [(name, *map(plain, row)) for name, *row in zip(self.classes, *columns, strict=True)]
+        real = np.asarray(iou.above_zero | iou.below_zero).tolist()
+        keys = ("name", "first", "second", "difference", "low", "high", "real")
+        rows = [(name, *map(plain, row), told) for name, told, *row in zip(self.classes, real, *columns, strict=True)]
         won = sorted(self.wins, key=lambda name: -self.wins[name])
         return {
             "first": self.first,
@@ -103,6 +104,7 @@ class Pairing:
                     "difference": plain(found.value),
                     "low": plain(found.low),
                     "high": plain(found.high),
+                    "real": bool(found.above_zero or found.below_zero),
                 }
                 for name, found in self.differences.items()
                 if name != "iou"
@@ -115,12 +117,13 @@ class Pairing:
         }
 
 
-def compare(runs: Sequence[Path | str], absent: str = "union") -> list[Pairing]:
+def compare(runs: Sequence[Path | str], absent: str = "truth") -> list[Pairing]:
     """Each run beside the first.
 
     Args:
         runs: at least two files of scores, or folders of `perpixel train`, which hold one.
-        absent: the rule for absent classes in every mean, of `ABSENT_RULES`.
+        absent: the rule for absent classes in every mean, of `ABSENT_RULES`. Not "union" as in `evaluate`: by it a class that a resample
+            happens to miss costs the run that predicts a pixel of it a zero, so that differences of resamples lie to one side.
 
     Raises:
         ValueError: no file of scores, no image or class in both, or the truth of an image is not the same in both.
@@ -274,8 +277,7 @@ def _class_table(content: Mapping[str, Any]) -> Table:
     table = Table("class", "IoU: difference", "95 %", "real")
     for row in content["classes"]:
         values = [None if row[key] is None else 100 * row[key] for key in ("difference", "low", "high")]
-        real = values[1] is not None and values[2] is not None and (values[1] > 0 or values[2] < 0)
-        table.add_row(escape(row["name"]), *_signed(values, 2), "yes" if real else "")
+        table.add_row(escape(row["name"]), *_signed(values, 2), "yes" if row["real"] else "")
     return _right(table)
 
 

@@ -112,7 +112,7 @@ def _rows(named: Sequence[tuple[str, Mapping[str, Any]]], unit: int = 100, digit
                 "difference": text(row["difference"], "+"),
                 "between": f"{text(row['low'], '+')} to {text(row['high'], '+')}" if known else "-",
                 "drawn": [round(WIDTH / 2 + scale * end, 1) for end in gain],
-                "side": "open" if not known or gain[0] <= 0 <= gain[2] else "up" if gain[0] > 0 else "down",
+                "side": "open" if not row["real"] else "up" if gain[0] > 0 else "down",
             }
         )
     return rows

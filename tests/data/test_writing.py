@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +82,31 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         failing(path)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_taken_over_by_the_next_that_writes_the_file(tmp_path):
+    path = tmp_path / "out.txt"
+    code = "import os, sys; from pathlib import Path; from perpixel.data.writing import replacing\nwith replacing(Path(sys.argv[1])) as t: "
+    code += "t.write_text('half and more'); os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_at_once_do_not_write_to_the_same_file(tmp_path):
+    path = tmp_path / "out.txt"
+    with replacing(path) as one:
+        one.write_text("one")
+        with replacing(path) as two:
+            assert one != two
+            two.write_text("two")
+        assert path.read_text() == "two"
+    assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
 
 

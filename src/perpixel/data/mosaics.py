@@ -119,7 +119,7 @@ class Mosaic:
     def damage(self) -> dict[tuple[int, int, int, int], str]:
         """Damaged pieces of the input that any block met, in reading order."""
         found: dict[tuple[int, int, int, int], str] = {}
-        for part in self.folder.glob("*.damage"):
+        for part in self.folder.glob("[!.]*.damage"):
             found.update({(top, left, height, width): why for top, left, height, width, why in json.loads(part.read_text("utf-8"))})
         return dict(sorted(found.items()))
 

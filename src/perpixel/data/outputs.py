@@ -133,8 +133,8 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
     layer, size = mosaic.layers[name], mosaic.grid.size
     block = tuple(min(side, full) for side, full in zip(mosaic.grid.block, size, strict=True))
     shape, chunks = ((layer.bands, *size), (1, *block)) if layer.bands else (size, block)
-    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}{path.suffix}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary = mosaic.folder / f"{name}.{secrets.token_hex(6)}.zarr"  # with the parts, so that it goes with them after a kill
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         array = zarr.create_array(
             temporary,

@@ -13,6 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process leaves is not found again
+    fcntl = None  # type: ignore[assignment]
+
 VOID_COLOR = (224, 224, 192)  # index 255 of the Pascal VOC colour map: "void"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -24,7 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file name that becomes `path` when the block ends well.
 
     The temporary file lies in the same folder (which is made if missing), hidden, with the same suffix. When the block ends it
-    is flushed to the disk and renamed onto `path`; whatever goes wrong before that, it is removed and an older `path` stays.
+    is flushed to the disk and renamed onto `path`; whatever goes wrong before that, it is removed and an older `path` stays. What a killed
+    process has left is taken over by the next that writes the same file.
 
     Raises:
         OSError: when the disk (or a quota, or a file size limit) is full, with a message that says so; the block's own
@@ -32,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}{path.suffix}")
+    temporary, lock = _temporary(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -48,6 +54,28 @@ def replacing(path: Path) -> Iterator[Path]:
             message = f"disk is full while writing {path} ({free:.0f} MB free, or a quota or file size limit is reached)"
             raise OSError(number, f"{message}; nothing already written is lost. Make room and run the command again") from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(path: Path) -> tuple[Path, int | None]:
+    """A file name nobody else writes to, and what holds the lock on it.
+
+    The name is always the same, so that no killed process leaves more than one file behind, and the system frees its lock; who finds it
+    locked takes a name of its own.
+    """
+    own = path.with_name(f".{path.stem[:100]}.part{path.suffix}")
+    lock: int | None = None
+    with contextlib.suppress(AttributeError, OSError):  # no fcntl; locked, renamed, not writable, or a file system without locks
+        lock = os.open(own, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(own)):  # else whoever had it has just renamed it
+            os.ftruncate(lock, 0)
+            return own, lock
+    if lock is not None:
+        os.close(lock)
+    return path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}{path.suffix}"), None
 
 
 def _is_full(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import special
 
 Score = Callable[[np.ndarray], np.ndarray]  # sums of counts (..., *shape) -> (...) or (..., K); NaN where there is none
+FEW = 6  # images; where fewer all agree, chance does so in more than 5 of 100 cases (two sides of five coins: 1 in 16)
 _DRAWS = 1_000_000  # indices drawn at a time: bounds the memory whatever the number of images
 
 
@@ -33,13 +34,13 @@ class Interval:
 
     @property
     def above_zero(self) -> np.ndarray | bool:
-        """Whether the whole interval is above zero: for a difference, a gain that is real at this level."""
-        return self.low > 0
+        """Whether the whole interval is above zero: for a difference, a gain that is real at this level. Never of fewer than FEW images."""
+        return (self.low > 0) & (self.images >= FEW)
 
     @property
     def below_zero(self) -> np.ndarray | bool:
-        """Whether the whole interval is below zero."""
-        return self.high < 0
+        """Whether the whole interval is below zero. Never of fewer than FEW images."""
+        return (self.high < 0) & (self.images >= FEW)
 
 
 def interval(table: np.ndarray, score: Score, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
