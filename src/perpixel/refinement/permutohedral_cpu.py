@@ -141,14 +141,15 @@ def _slot(slots, known, words, keys, at, step):  # type: ignore[no-untyped-def]
     """Where in `slots` a key is, or the empty slot where it belongs. The key's words are at `at`, `at` + step, ... in `keys`.
 
     A slot holds the vertex's number plus 1; 0 is empty. `known` has the words of the numbered vertices. The multiplier is 2**64 over the
-    golden ratio (Knuth vol. 3, 6.4), whose product is mixed best in its upper bits.
+    golden ratio, and the slot is taken from the highest bits of the product, which are the ones that it spreads keys in equal steps over
+    (Knuth vol. 3, 6.4). Lower bits had seven probes a key on a photograph's grid of places, these have one.
     """
     mask = len(slots) - 1
     key = fetch(keys, at)
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     for w in range(1, words):
         mixed = (mixed ^ np.uint64(fetch(keys, at + w * step))) * np.uint64(0x9E3779B97F4A7C15)
-    slot = np.int64(mixed >> np.uint64(32)) & mask
+    slot = np.int64((mixed >> np.uint64(32)) * np.uint64(len(slots)) >> np.uint64(32))
     while True:
         number = fetch(slots, slot)
         if number == 0:
@@ -257,6 +258,7 @@ def _place(features, first, last, scale, lows, strides, rows, weights, column, s
     words = len(strides)
     slots = np.zeros(1 << 14, np.int32)
     known = np.empty((1 << 13, words), np.int64)
+    width = rows.shape[1]
     count = 0
     lifted = np.zeros((d + 2, BLOCK), np.float32)
     nearest = np.zeros((d + 2, BLOCK), np.float32)
@@ -271,7 +273,7 @@ def _place(features, first, last, scale, lows, strides, rows, weights, column, s
         _simplices(features, block, size, scale, lifted, nearest, ranks)
         _corners(lifted, nearest, ranks, size, lows, strides, rest, drop, shares, keys)
         for n in range(size):
-            at = (block + n) * rows.shape[1] + column
+            at = (block + n) * width + column
             for r in range(d + 1):
                 put(weights, at + r, fetch(shares, r * BLOCK + n))
                 here = r * words * BLOCK + n
