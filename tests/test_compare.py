@@ -115,20 +115,30 @@ def test_few_images_tell_nothing_of_others_however_much_they_agree(file, images)
     json.dumps(found.to_json(), allow_nan=False)
 
 
-def test_a_class_that_few_images_hold_does_not_tilt_the_difference(tmp_path):
-    """One of 12 images holds class 2; the second run predicts a pixel of it everywhere, and is else the same."""
+def two_that_differ_in_a_stray_pixel(folder, images_of_the_rare_class):
+    """Files of two runs on 12 images of three classes; the second predicts one pixel of the last class in every image."""
     truth = np.arange(64) % 2
-    for name, spurious in (("a", 0), ("b", 1)):
+    for name, stray in (("a", 0), ("b", 1)):
         region = Region(3)
         for number in range(12):
-            labels = np.full(64, 2) if number == 0 else truth
+            labels = np.full(64, 2) if number < images_of_the_rare_class else truth
             predicted = labels.copy()
-            predicted[:spurious] = 2
+            predicted[:stray] = 2
             region.update(labels, predicted, name=f"{number}.png")
-        Evaluation(region, ["x", "y", "z"], {f"{n}.png": 0.1 for n in range(12)}).to_file(tmp_path / f"{name}.json")
-    (found,) = compare([tmp_path / "a.json", tmp_path / "b.json"])
-    (tilted,) = compare([tmp_path / "a.json", tmp_path / "b.json"], absent="union")
-    assert abs(found.differences["miou"].low) < 0.1 < abs(tilted.differences["miou"].low)
+        Evaluation(region, list("xyz"), {f"{n}.png": 0.1 for n in range(12)}).to_file(folder / f"{name}.json")
+    return [folder / "a.json", folder / "b.json"]
+
+
+@pytest.mark.parametrize("absent", ["union", "truth"])
+def test_resamples_that_miss_a_class_do_not_tilt_the_difference(tmp_path, absent):
+    (found,) = compare(two_that_differ_in_a_stray_pixel(tmp_path, 1), absent)
+    assert -0.1 < found.differences["miou"].low <= found.differences["miou"].high < 0
+
+
+def test_a_stray_pixel_of_a_class_that_no_image_holds_costs_a_class_by_the_rule_of_the_union_only(tmp_path):
+    runs = two_that_differ_in_a_stray_pixel(tmp_path, 0)
+    assert compare(runs)[0].differences["miou"].value > -0.02
+    assert compare(runs, "union")[0].differences["miou"].value < -0.3
 
 
 def test_several_runs_are_each_compared_with_the_first(file):

@@ -285,6 +285,14 @@ def test_samples_of_a_model_without_dropout_are_refused_before_anything_is_writt
         segmenter.predict(path, samples=3)
 
 
+def test_samples_with_a_refiner_asked_for_by_name_are_refused(command, bayesian, tmp_path, out):
+    path = save(tmp_path / "a.png", noise(20, 20, 3))
+    said = command("predict", bayesian, path, "-o", out, "--samples", "2", "--refine", "dense_crf")
+    assert said.code == 2
+    assert "leave out either the samples or the refiner (dense_crf)" in said.err
+    assert not out.exists()
+
+
 def test_samples_on_the_command_line(command, bayesian, tmp_path, out):
     path = save(tmp_path / "a.png", noise(20, 20, 3))
     assert command("predict", bayesian, path, "-o", out, "--samples", "2").code == 0

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,8 @@ def compare(runs: Sequence[Path | str], absent: str = "truth") -> list[Pairing]:
 
     Args:
         runs: at least two files of scores, or folders of `perpixel train`, which hold one.
-        absent: the rule for absent classes in every mean, of `ABSENT_RULES`. Not "union" as in `evaluate`: by it a class that a resample
-            happens to miss costs the run that predicts a pixel of it a zero, so that differences of resamples lie to one side.
+        absent: the rule for absent classes in every mean, of `ABSENT_RULES`. Not "union" as in `evaluate`: by it a single pixel
+            of a class that no image holds costs a run as much as all of another class.
 
     Raises:
         ValueError: no file of scores, no image or class in both, or the truth of an image is not the same in both.
@@ -187,15 +188,20 @@ def _measures(
     one: RunScores, two: RunScores, absent: str
 ) -> list[tuple[str, Callable[[np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]]:
     """Name, score of summed counts, and the tables of both runs."""
-    region = (one.region, two.region)
-    found: list[tuple[str, Callable[[np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]] = [
-        ("miou", lambda sums: tallies.miou(sums, absent), region),
-        ("pixel_accuracy", tallies.pixel_accuracy, region),
-        ("mean_accuracy", lambda sums: tallies.mean_accuracy(sums, absent), region),
-        ("fwiou", tallies.fwiou, region),
-        ("mean_dice", lambda sums: tallies.mean_dice(sums, absent), region),
-        ("iou", tallies.iou, region),
-    ]
+    region, whole = (one.region, two.region), one.region.sum(0)  # the truth of both is the same
+    scores: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "miou": partial(tallies.miou, absent=absent),
+        "pixel_accuracy": tallies.pixel_accuracy,
+        "mean_accuracy": partial(tallies.mean_accuracy, absent=absent),
+        "fwiou": tallies.fwiou,
+        "mean_dice": partial(tallies.mean_dice, absent=absent),
+        "iou": tallies.iou,
+    }
+
+    def on_resamples(score: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda sums: score(tallies.without_missed(sums, whole))
+
+    found = [(name, on_resamples(score), region) for name, score in scores.items()]
     if one.contours is not None and two.contours is not None:
         per_image = [tallies.class_mean(tallies.dice(table), table) for table in (one.contours, two.contours)]
         # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.

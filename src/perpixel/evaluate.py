@@ -67,6 +67,7 @@ class Evaluation:
         images, absent = self.region.images, self.absent
 
         def scores_of(sums: np.ndarray) -> np.ndarray:
+            sums = tallies.without_missed(sums, images.total)
             return np.concatenate([np.stack(list(tallies.scores(sums, absent).values()), -1), tallies.iou(sums)], -1)
 
         names = list(tallies.scores(images.total))

@@ -17,7 +17,6 @@ from perpixel.data.outputs import FORMATS, Legend, format_of, thinned, write_lay
 from perpixel.data.sources import find_sources, open_source
 from perpixel.data.windows import Source
 from perpixel.data.writing import write_array, write_labels, write_rgb
-from perpixel.models.monte_carlo import active_dropouts
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of
 from perpixel.tiling import Tiler
@@ -98,12 +97,12 @@ def predict_files(
 
     Raises:
         ValueError: no pictures, two that would be written to the same file, one that would overwrite an input, `samples` of a
-            model without dropout, limits that nothing fits; with `strict`, a damaged input.
+            model without dropout or with a refiner asked for by name, limits that nothing fits; with `strict`, a damaged input.
         OSError: the disk is full.
     """
     task = task or Task()
     if task.samples is not None:
-        active_dropouts(segmenter.bundle.model)
+        segmenter.refuse_samples()
     pictures = find_sources(inputs)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))

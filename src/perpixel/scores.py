@@ -138,9 +138,10 @@ class Boundaries:
 
     def intervals(self, absent: str) -> dict[str, Interval]:
         """Those of BF and Boundary IoU."""
+        images = self.bands.images
         return {
             "bf": interval(values_table(self.contours.per_image), value_mean),
-            "boundary_iou": interval(self.bands.images.table, lambda sums: tallies.miou(sums, absent)),
+            "boundary_iou": interval(images.table, lambda sums: tallies.miou(tallies.without_missed(sums, images.total), absent)),
         }
 
 

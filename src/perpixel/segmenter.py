@@ -16,7 +16,7 @@ from perpixel.data.images import Picture
 from perpixel.data.mosaics import Block, Grid
 from perpixel.data.sources import open_source
 from perpixel.data.windows import Source, WholeSource
-from perpixel.models.monte_carlo import MonteCarlo, monte_carlo
+from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
 from perpixel.streaming import PRECISIONS, Region, Streamer, labels_of
 from perpixel.tiling import Tiler
 
@@ -106,9 +106,16 @@ class Segmenter:
         Raises:
             ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
         """
+        self.refuse_samples()
         source, name = _opened(image)
         streamer = self.streamer(source, name, one_block(source.size), refined=False)
         return sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
+
+    def refuse_samples(self) -> None:
+        """Raises ValueError where samples with dropout make no sense: a model without it, or a refiner that was asked for by name."""
+        active_dropouts(self.bundle.model)
+        if self.refine not in ("bundle", "none"):
+            raise ValueError(f"samples with dropout are not refined; leave out either the samples or the refiner ({self.refine})")
 
     def probabilities(self, image: np.ndarray | Tensor | Path | str) -> np.ndarray:
         """(K, H, W) float32 softmax probabilities, at the temperature that the bundle was calibrated to; see `logits`."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from perpixel.metrics import tallies
 from perpixel.metrics.intervals import difference, interval, value_mean, values_table
 from perpixel.metrics.tallies import PerImage, iou, miou, pixel_accuracy
 
@@ -81,6 +82,18 @@ def test_each_class_has_its_interval_and_rare_ones_are_wide():
     assert (got.low <= got.value).all()
     assert (got.value <= got.high).all()
     assert got.high[3] - got.low[3] > 2 * (got.high[0] - got.low[0])
+
+
+def test_a_class_that_resamples_miss_keeps_an_interval_around_its_score():
+    """Class 2 is in one image of ten, all right but for false pixels of it in the others."""
+    table = np.zeros((10, 3, 3), np.int64)
+    table[:, :2] = (90, 100, 95)
+    table[0, 2], table[1:, 2] = (900, 1000, 950), (0, 0, 2)
+    score = tallies.iou(table.sum(0))[2]
+    with_missed = interval(table, tallies.iou)
+    found = interval(table, lambda sums: tallies.iou(tallies.without_missed(sums, table.sum(0))))
+    assert with_missed.low[2] == 0
+    assert 0.8 < found.low[2] <= score <= found.high[2] < 0.9
 
 
 def test_the_same_seed_draws_the_same_whatever_the_size_of_the_blocks(monkeypatch):

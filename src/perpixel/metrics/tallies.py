@@ -60,6 +60,16 @@ def class_mean(values: np.ndarray, tally: np.ndarray, absent: str = "union") -> 
     return _ratio(np.where(counts, values, 0.0).sum(-1), counts.sum(-1))
 
 
+def without_missed(tally: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """(..., K, 3): tallies of resampled sets without the predictions of classes that a resample's truth misses by chance.
+
+    Resamples say how scores would come out on other sets like the `whole` one (K, 3). A class that the whole has and a resample does not
+    would be scored there by false predictions alone, as 0 under "union", which pulls the interval down and says nothing of the class.
+    """
+    missed = (tally[..., 1] == 0) & (whole[:, 1] > 0)
+    return np.where(missed[..., None], 0, tally)
+
+
 def pixel_accuracy(tally: np.ndarray) -> np.ndarray:
     """(...): share of the labelled pixels that are right (also called global accuracy)."""
     return _ratio(tally[..., 0].sum(-1), tally[..., 1].sum(-1))
