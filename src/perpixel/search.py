@@ -5,6 +5,7 @@ From coarse to fine, as DeepLab's search goes (arXiv:1412.7062, section 5.1).
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -160,7 +161,8 @@ class Search:
         refiner = None if candidate is None else self._built(candidate)
         for index in range(len(self.scores)) if indices is None else indices:
             logits, image, labels = self.scores[index]
-            with torch.inference_mode():
+            # A candidate that does not converge is judged by what it gives, as it would be in use; a warning for each says nothing more.
+            with torch.inference_mode(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
                 refined = logits if refiner is None else refiner(logits, image)
             yield index, labels, refined[0].argmax(0).cpu()
 

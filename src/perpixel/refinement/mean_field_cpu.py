@@ -172,10 +172,11 @@ class MeanField:
         """
         self._matrices = np.zeros((len(self._kernels), self.labels - 1, self._rows.width), np.float32)
         self._mixed = np.zeros(len(self._kernels), np.bool_)
-        for k, transform in enumerate(self._terms.matrices if self._terms else ()):
+        if self._terms is None:
+            return
+        for k, transform in enumerate(self._terms.matrices):
             if transform is None:
                 continue
-            assert self._terms is not None
             relative = (transform - transform[-1])[:-1].astype(np.float64)
             constant = relative.sum(1, keepdims=True) / self.labels
             self._matrices[k, :, : self.labels - 1] = -(relative[:, :-1] - constant).T
@@ -257,9 +258,10 @@ class MeanField:
         """
         q = self.q
         total = float(np.sum(q * (np.maximum(self.log_q, np.float32(-46)) + self.unary), dtype=np.float64))
+        if self._terms is None:
+            return total
         rows = Rows(self.labels)
-        for k, transform in enumerate(self._terms.matrices if self._terms else ()):
-            assert self._terms is not None
+        for k, transform in enumerate(self._terms.matrices):
             values = np.zeros((self.pixels, rows.width), np.float32)
             values[:, : self.labels] = q.T
             message = self._terms.filter(k, values, rows)[:, : self.labels].T
