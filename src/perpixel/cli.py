@@ -144,7 +144,7 @@ def evaluate(
         render(result, Console())
         if report is not None:
             Console().print(f"report: [bold]{escape(str(report))}[/]", soft_wrap=True)
-    if result.damaged:
+    if result.damaged or result.holes:
         raise typer.Exit(2)
 
 
