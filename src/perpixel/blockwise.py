@@ -17,12 +17,12 @@ from perpixel.data.sources import open_page
 from perpixel.data.windows import hole_words
 from perpixel.losses import cross_entropy
 from perpixel.metrics import Confusion
-from perpixel.scores import CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
+from perpixel.scores import Boundaries, CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
 from perpixel.segmenter import Segmenter
 from perpixel.streaming import ROWS, WAITING, Region, Streamer, ahead
 
 WHOLE_BYTES = 2**30  # of an image's scores (K, H, W) in float32; scores of boundaries and calibration take a few times that
-WHOLE_PIXELS = 2**25  # of an image of few classes: scores of boundaries hold many numbers a pixel, whatever the classes
+WHOLE_PIXELS = 2**24  # of an image of few classes: scores of boundaries hold many numbers a pixel; 4000 x 4000 take 3.3 GB in all
 
 
 def scored(picture: Picture, pixels: Tensor, labels: Tensor, logits: Tensor, ignore: int) -> Scored:
@@ -120,6 +120,8 @@ class BlockScorer:
                 group.add_image(shares)
             elif isinstance(group, Reliability):
                 group.add_image(calibration)
+            elif isinstance(group, Boundaries):
+                group.skip_image()
 
 
 class _Image:

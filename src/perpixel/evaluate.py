@@ -197,12 +197,14 @@ def _scored_by(scorer: BlockScorer, pairs: Sequence[Pair], observers: Sequence[O
 
 def _left_out(scorer: BlockScorer, watched: bool) -> str:
     """What a set with large images is not scored by."""
-    lacking = [name for name in scorer.gathered.groups if name not in BLOCKWISE] + (
-        ["pictures and samples (report, calibrate)"] if watched else []
+    lacking = [name for name in scorer.gathered.groups if name not in BLOCKWISE]
+    lacking += ["pictures and samples (report, calibrate)"] if watched else []
+    many = (
+        "1 image is too large to be held whole and was"
+        if scorer.streamed == 1
+        else f"{scorer.streamed} images are too large to be held whole and were"
     )
-    many = "1 image is" if scorer.streamed == 1 else f"{scorer.streamed} images are"
-    counted = f"{many} too large to be held whole and scored block by block"
-    return f"{counted}; not in these: {', '.join(lacking)}" if lacking else f"{counted}; nothing is left out"
+    return f"{many} scored block by block" + (f"; left out of: {', '.join(lacking)}" if lacking else "")
 
 
 def evaluate(

@@ -140,6 +140,10 @@ class Boundaries:
         for part in (self.contours, self.trimap, self.bands):
             part.update(labels, predicted, seen.ignore)
 
+    def skip_image(self) -> None:
+        """Note an image that is not scored: without contours it counts nowhere, and the images stay in step with those of the region."""
+        self.contours.images.add(np.zeros(self.contours.images.shape, np.int64))
+
     def merge(self, other: Self) -> None:
         """Append the images of another one."""
         self.contours.merge(other.contours)
