@@ -8,11 +8,13 @@ import tifffile
 
 from perpixel import blockwise, budget
 from perpixel.bundle import TemperatureCard, load_bundle
+from perpixel.calibrate import calibrate
 from perpixel.compare import compare
 from perpixel.data.images import Picture
 from perpixel.data.label_windows import LabelSource
 from perpixel.data.masks import LabelMap, read_mask
 from perpixel.evaluate import evaluate
+from perpixel.report.make import evaluate_and_report
 from perpixel.segmenter import Segmenter
 
 SIZE = (300, 420)
@@ -189,3 +191,20 @@ def test_windows_of_a_mask_hold_the_labels_of_the_whole_mask(tmp_path, monkeypat
     for top, left, height, width in [(0, 0, *SIZE), (17, 33, 100, 200), (299, 419, 1, 1), (64, 128, 64, 64)]:
         assert np.array_equal(source.read(top, left, height, width).labels, expected[top : top + height, left : left + width])
     source.close()
+
+
+def test_a_report_of_large_images_alone_is_a_page_without_their_pictures(make_bundle, scenes, monkeypatch, small_blocks, tmp_path):
+    monkeypatch.setattr(blockwise, "WHOLE_PIXELS", 0)
+    page = tmp_path / "out" / "report.html"
+    bundle = make_bundle(tile=64, overlap=16)
+    result = evaluate_and_report(bundle, scenes / "images", scenes / "masks", labels={255: 255}, report=page)
+    assert len(result.losses) == 2
+    assert "block by block" in page.read_text("utf-8")
+
+
+def test_large_images_alone_cannot_calibrate_and_the_message_says_why(make_bundle, scenes, monkeypatch, small_blocks):
+    monkeypatch.setattr(blockwise, "WHOLE_PIXELS", 0)
+    for file in (scenes / "masks").iterdir():
+        tifffile.imwrite(file, np.zeros(SIZE, np.uint8), tile=(64, 64))
+    with pytest.raises(ValueError, match="too large to be held whole are not sampled"):
+        calibrate(make_bundle(tile=64, overlap=16), scenes / "images", scenes / "masks", split=None)
