@@ -144,7 +144,8 @@ def calibrate(
     evaluate(loaded, images, masks, split=split, scores=(), observers=[sample], progress=progress)
     if len(sample.images) < 2:
         raise ValueError(
-            f"{images}: {len(sample.images)} image with finite scores; a temperature needs at least 2 to be fitted and tried on"
+            f"{images}: {len(sample.images)} image with finite scores; a temperature needs at least 2 to be fitted and tried on. "
+            "Images that are too large to be held whole are not sampled; give parts of them"
         )
     found = fitted(sample)
     if write:

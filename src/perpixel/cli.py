@@ -107,6 +107,7 @@ def evaluate(
     inside: Annotated[
         str | None, typer.Option(help="Neurite scores: the class inside of cells. Default: the last.", show_default=False)
     ] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
     json: Json = False,
     json_out: Annotated[
         Path | None, typer.Option("--json-out", help="Also write it all here, with the counts that `perpixel compare` reads.")
@@ -131,6 +132,7 @@ def evaluate(
             split=split,
             labels=_labels(label),
             refine=refine,
+            precision=precision,
             scores=parse_groups(scores),
             absent=absent,
             inside=inside,
@@ -144,7 +146,7 @@ def evaluate(
         render(result, Console())
         if report is not None:
             Console().print(f"report: [bold]{escape(str(report))}[/]", soft_wrap=True)
-    if result.damaged:
+    if result.damaged or result.holes:
         raise typer.Exit(2)
 
 

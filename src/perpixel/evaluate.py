@@ -4,29 +4,31 @@ What else can be asked for is in `scores.py`, the tables for people in `score_ta
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from perpixel.blockwise import BlockScorer, Counted, scored
 from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.dataset import LabelledImages
-from perpixel.data.layouts import find_layout
+from perpixel.data.images import Picture
+from perpixel.data.layouts import Pair, find_layout
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
-from perpixel.losses import cross_entropy
 from perpixel.metrics import ABSENT_RULES, Confusion, tallies
 from perpixel.metrics.intervals import Interval, interval, value_mean, values_table
 from perpixel.metrics.region import Region
 from perpixel.models.model import SegmentationModel
 from perpixel.score_tables import render
-from perpixel.scores import DEFAULT_GROUPS, Observer, Scored, Scores, plain
+from perpixel.scores import BLOCKWISE, DEFAULT_GROUPS, Observer, Scored, Scores, plain
+from perpixel.segmenter import Segmenter
 from perpixel.tiling import predict_tiled
 
 __all__ = ["Evaluation", "Observer", "Scored", "evaluate", "render", "score"]
@@ -42,6 +44,7 @@ class Evaluation:
     classes: list[str]
     losses: dict[str, float] = field(default_factory=dict)  # image file -> its loss in nats per labelled pixel
     damaged: dict[str, str] = field(default_factory=dict)  # image file -> why it was left out, naming the file at fault
+    holes: dict[str, list[str]] = field(default_factory=dict)  # image file -> damaged pieces of it or its mask, which do not count
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)  # what makes the scores doubtful
     scores: Scores | None = None  # of other kinds, where they were asked for
@@ -94,6 +97,7 @@ class Evaluation:
             "worst": [name for name, _ in self.worst()],
             "warnings": self.warnings,
             "damaged": self.damaged,
+            "holes": self.holes,
             "seconds": round(self.seconds, 3),
         }
 
@@ -126,13 +130,12 @@ def score(
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
-    refiner: nn.Module | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Scores of `model` (in eval mode) on the images of `indices`, one whole image at a time; tiles where one is larger than `tile`.
 
-    `keep(index, labels)` receives each prediction (H, W), for pictures; `refiner` turns logits (N, K, H, W) and the image as read into
-    better ones; each of `observers` is called once with every image scored. A damaged file is named in the result and left out.
+    `keep(index, labels)` receives each prediction (H, W), for pictures; each of `observers` is called once with every image scored. A
+    damaged file is named in the result and left out.
     """
     device, ignore = next(model.parameters()).device, images.label_map.ignore
     result = Evaluation(Region(len(classes), device=device), list(classes))
@@ -145,23 +148,63 @@ def score(
             result.damaged[str(picture)] = str(error)
             continue
         logits = predict_tiled(model, normalize(example.image.to(device)), tile, overlap).float()
-        if refiner is not None:
-            logits = refiner(logits[None], example.image[None])[0]
-        labels = example.labels.to(device).long()
-        predicted = logits.argmax(0)
-        result.region.update(labels, predicted, ignore=ignore, name=str(picture))
-        loss = math.nan
-        if (labels != ignore).any():
-            loss = cross_entropy(logits[None], labels[None], ignore=ignore).item()
-            result.losses[str(picture)] = loss
-        for observe in observers:
-            observe(Scored(example.name, picture.path, example.image, labels, logits, loss, ignore))
+        seen = scored(picture, example.image, example.labels.to(device).long(), logits, ignore)
+        predicted = _add(result, picture, seen, observers)
         if keep is not None:
             keep(index, predicted)
         if progress is not None:
             progress(done + 1, len(todo), example.name)
     result.seconds = time.monotonic() - start
     return result
+
+
+def _add(result: Evaluation, picture: Picture, seen: Scored, observers: Sequence[Observer]) -> Tensor:
+    """Add one whole image, and show it to the observers; its prediction (H, W)."""
+    predicted = seen.logits.argmax(0)
+    result.region.update(seen.labels, predicted, ignore=seen.ignore, name=str(picture))
+    if (seen.labels != seen.ignore).any():
+        result.losses[str(picture)] = seen.loss
+    for observe in observers:
+        observe(seen)
+    return predicted
+
+
+@torch.inference_mode()
+def _scored_by(scorer: BlockScorer, pairs: Sequence[Pair], observers: Sequence[Observer], progress: Progress) -> Evaluation:
+    """Scores of images of any size, whole ones and large ones."""
+    names = scorer.segmenter.classes
+    result, start = Evaluation(Region(len(names), device=scorer.segmenter.device), list(names)), time.monotonic()
+    for done, pair in enumerate(pairs):
+        name = str(pair.image)
+        try:
+            seen = scorer(pair, partial(progress, done, len(pairs)))
+        except ValueError as error:
+            result.damaged[name] = str(error)
+            continue
+        if isinstance(seen, Counted):
+            result.region.add(seen.confusion, name)
+            if seen.confusion.pixels:
+                result.losses[name] = seen.loss
+        else:
+            _add(result, pair.image, seen, observers)
+        progress(done + 1, len(pairs), pair.image.name)
+    result.holes = scorer.holes
+    if scorer.streamed:
+        result.warnings.append(_left_out(scorer, len(observers) > 1))
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def _left_out(scorer: BlockScorer, watched: bool) -> str:
+    """What a set with large images is not scored by."""
+    lacking = [name for name in scorer.gathered.groups if name not in BLOCKWISE]
+    lacking += ["pictures and samples (report, calibrate)"] if watched else []
+    many = (
+        "1 image is too large to be held whole and was"
+        if scorer.streamed == 1
+        else f"{scorer.streamed} images are too large to be held whole and were"
+    )
+    return f"{many} scored block by block" + (f"; left out of: {', '.join(lacking)}" if lacking else "")
 
 
 def evaluate(
@@ -173,13 +216,17 @@ def evaluate(
     labels: Mapping[int, int] | None = None,
     device: str | None = None,
     refine: str = "bundle",
+    precision: str = "float32",
     progress: Progress | None = None,
     scores: Sequence[str] = DEFAULT_GROUPS,
     absent: str = "union",
     inside: str | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation:
-    """Scores of a bundle on a folder of images and masks.
+    """Scores of a bundle on a folder of images and masks, of any size, by the engine of `predict`.
+
+    Images too large to be held whole (`blockwise.WHOLE_BYTES`, `WHOLE_PIXELS`) are scored block by block at constant memory: they count in
+    region scores, losses, cost shares and calibration, and neither in other groups nor for observers; `warnings` says so.
 
     Args:
         bundle: a loaded bundle or its path.
@@ -189,10 +236,11 @@ def evaluate(
         labels: mask value -> class index or 255, over the bundle's own label map.
         device: where a bundle given as a path runs; None: on the GPU where there is one.
         refine: "bundle": by the refiner in the bundle, if it has one; "none"; or the name of a refiner, with its default options.
+        precision: "float32", or "bf16": the network computes as `predict --precision bf16` does.
         scores: what to gather beside the region scores, of `scores.GROUPS`.
         absent: the rule for absent classes in every mean, of `ABSENT_RULES`.
         inside: the class that neurite scores take for the inside of cells; None: the last.
-        observers: each is called once with every image scored (`Scored`), in order.
+        observers: each is called once with every image that was scored as a whole (`Scored`), in order.
 
     Raises:
         ValueError: an unknown score, rule or class, nothing to score, or no file could be read.
@@ -205,18 +253,8 @@ def evaluate(
     gathered = Scores(scores, card.classes, bundle.temperature(refine), inside)
     layout = find_layout(images, masks)
     pairs = layout.labelled(split, card.val_fraction, card.split_seed)
-    data = LabelledImages(pairs, bundle.relabelled(labels or {}), card.bands, card.dtype, cache=False)
-    result = score(
-        bundle.model,
-        data,
-        bundle.normalize,
-        card.classes,
-        card.tile,
-        card.overlap,
-        progress=progress,
-        refiner=bundle.refiner(refine),
-        observers=[gathered, *observers],
-    )
+    scorer = BlockScorer(Segmenter(bundle, refine, precision), bundle.relabelled(labels or {}), gathered)
+    result = _scored_by(scorer, pairs, [gathered, *observers], progress or (lambda *_: None))
     result.scores, result.absent, result.refined = gathered, absent, bundle.refiner_words(refine)
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:

@@ -15,7 +15,7 @@ from perpixel.data.images import Picture
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import find_sources, open_source
-from perpixel.data.windows import Source
+from perpixel.data.windows import Source, hole_words
 from perpixel.data.writing import write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of
@@ -184,7 +184,7 @@ class _Run:
         with ahead(map(streamer.region, due), WAITING) as regions:
             for done, region in enumerate(regions, 1):  # 1 read
                 if task.strict and region.damage:
-                    raise ValueError(_hole(picture, *next(iter(region.damage.items()))))
+                    raise ValueError(hole_words(picture, *next(iter(region.damage.items()))))
                 arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
                 if alone:
                     write(self._write_whole, picture, source, targets, arrays, region)  # 8 write
@@ -271,7 +271,7 @@ class _Run:
     def _finish(self, picture: Picture, source: Source, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
         source.close()
         if damage:
-            self.result.holes[str(picture)] = [_hole(picture, where, why) for where, why in damage.items()]
+            self.result.holes[str(picture)] = [hole_words(picture, where, why) for where, why in damage.items()]
         self.result.written.append(target)
         self._settle(picture)
 
@@ -289,11 +289,6 @@ class _Run:
 
 class _HopelessError(ValueError):
     """What would be wrong with the next picture too."""
-
-
-def _hole(picture: Picture, where: tuple[int, int, int, int], why: str) -> str:
-    top, left, height, width = where
-    return f"{picture}: rows {top} to {top + height - 1}, columns {left} to {left + width - 1} are damaged ({why})"
 
 
 def _refuse_collisions(pictures: Sequence[Picture], out: Path, suffix: str) -> None:

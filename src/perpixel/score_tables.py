@@ -38,6 +38,8 @@ def render(result: "Evaluation", console: Console) -> None:
         console.print(f"  {loss:8.4f}  {escape(name)}", soft_wrap=True)
     for doubt in result.warnings:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True)
+    for hole in (hole for holes in result.holes.values() for hole in holes):
+        console.print(f"[yellow]not counted[/] {escape(hole)}", soft_wrap=True)
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
 

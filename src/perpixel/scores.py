@@ -72,18 +72,25 @@ class CostShares:
 
     def update(self, seen: Scored, labels: np.ndarray, predicted: np.ndarray) -> None:
         """Add one image."""
-        from perpixel.metrics.bands import steps_to_change
-        from perpixel.metrics.boundary import TOLERANCE
-
         known = labels != seen.ignore
         if not known.any() or not math.isfinite(seen.loss):
             return
-        losses = F.cross_entropy(seen.logits[None], seen.labels[None], ignore_index=seen.ignore, reduction="none")[0].cpu().numpy()
-        width = max(1, round(TOLERANCE * math.hypot(*labels.shape)))
-        band = known & (steps_to_change(labels.astype(np.int32), width, border=False) <= width)
+        losses = pixel_losses(seen.logits, seen.labels, seen.ignore)
+        image = CostShares(len(self.sums) - 1)
+        image.add_block(losses, labels, known & near_change(labels, band_width(labels.shape)), seen.ignore)
+        self.add_image(image)
+
+    def add_block(self, losses: np.ndarray, labels: np.ndarray, band: np.ndarray, ignore: int) -> None:
+        """Add pixels (h, w) of one image, `band` those that count for the boundaries; the sums are then not those of a set."""
+        known = labels != ignore
         for column, weights in enumerate((losses[known], None)):
-            self.sums[:-1, column] += np.bincount(labels[known], weights, len(self.sums) - 1) / known.sum()
-        self.sums[-1] += np.array([losses[band].sum(dtype=np.float64), band.sum()]) / known.sum()
+            self.sums[:-1, column] += np.bincount(labels[known], weights, len(self.sums) - 1)
+        self.sums[-1] += np.array([losses[band & known].sum(dtype=np.float64), (band & known).sum()])
+
+    def add_image(self, image: Self) -> None:
+        """Add an image whose pixels are the blocks of `image`."""
+        if np.isfinite(image.sums).all() and (pixels := image.sums[:-1, 1].sum()):
+            self.sums += image.sums / pixels
 
     def merge(self, other: Self) -> None:
         """Add the sums of another one of as many classes."""
@@ -100,6 +107,25 @@ class CostShares:
         }
 
 
+def pixel_losses(logits: Tensor, labels: Tensor, ignore: int) -> np.ndarray:
+    """(h, w) float32 cross-entropy of each pixel in nats, 0 where the label is `ignore`."""
+    return F.cross_entropy(logits[None], labels[None], ignore_index=ignore, reduction="none")[0].cpu().numpy()
+
+
+def band_width(size: Sequence[int]) -> int:
+    """Pixels from a change of the truth that an image's boundary band reaches."""
+    from perpixel.metrics.boundary import TOLERANCE
+
+    return max(1, round(TOLERANCE * math.hypot(*size)))
+
+
+def near_change(labels: np.ndarray, width: int) -> np.ndarray:
+    """(h, w) bool: pixels within `width` king's moves of a change of the truth."""
+    from perpixel.metrics.bands import steps_to_change
+
+    return np.asarray(steps_to_change(labels.astype(np.int32), width, border=False) <= width)
+
+
 class Boundaries:
     """BF score, IoU in bands of 1 to 40 pixels along the true boundaries, and Boundary IoU."""
 
@@ -113,6 +139,10 @@ class Boundaries:
         """Add one image."""
         for part in (self.contours, self.trimap, self.bands):
             part.update(labels, predicted, seen.ignore)
+
+    def skip_image(self) -> None:
+        """Note an image that is not scored: without contours it counts nowhere, and the images stay in step with those of the region."""
+        self.contours.images.add(np.zeros(self.contours.images.shape, np.int64))
 
     def merge(self, other: Self) -> None:
         """Append the images of another one."""
@@ -184,12 +214,23 @@ class Reliability:
 
     def update(self, seen: Scored, labels: np.ndarray, predicted: np.ndarray) -> None:
         """Add one image."""
-        if not torch.isfinite(seen.logits).all():
+        self.add_block(seen.logits, seen.labels, seen.ignore)
+
+    def add_block(self, logits: Tensor, labels: Tensor, ignore: int) -> None:
+        """Add pixels, logits (K, h, w) and labels (h, w), of one image."""
+        if not torch.isfinite(logits).all():
             self.not_finite += 1
             return
-        self.before.update(seen.logits[None], seen.labels[None], seen.ignore)
+        self.before.update(logits[None], labels[None], ignore)
         if self.after is not None:
-            self.after.update(seen.logits[None] / self.temperature, seen.labels[None], seen.ignore)
+            self.after.update(logits[None] / self.temperature, labels[None], ignore)
+
+    def add_image(self, image: Self) -> None:
+        """Add an image that `image` has seen block by block."""
+        if image.not_finite:
+            self.not_finite += 1
+        else:
+            self.merge(image)
 
     def merge(self, other: Self) -> None:
         """Add the counts of another one of the same temperature."""
@@ -261,6 +302,7 @@ class Neurites:
 
 
 GROUPS = ("cost", "boundary", "surface", "calibration", "neurite")
+BLOCKWISE = ("cost", "calibration")  # those that large images, of which no part is held long, are counted in
 DEFAULT_GROUPS = ("cost", "boundary", "calibration")  # surface distances cost more time than the network on many classes
 
 

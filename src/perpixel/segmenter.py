@@ -38,6 +38,11 @@ class Segmenter:
         self.augment, self.views, self.temperature = augment, views(augment), bundle.temperature(refine)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.bundle.model.parameters()).device
+
+    @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the indices that `predict` returns."""
         return self.bundle.card.classes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from perpixel.data.images import FULL_SCALE, read_image
+from perpixel.data.images import FULL_SCALE, Picture, read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap, read_mask
 from perpixel.data.transforms import Augmentation
@@ -51,6 +51,20 @@ def conform(image: np.ndarray, bands: int, dtype: str, source: str) -> np.ndarra
     return unit if dtype == "float32" else np.rint(unit.clip(0, 1) * FULL_SCALE[dtype]).astype(dtype)
 
 
+def mask_of(pair: Pair) -> Picture:
+    """The mask of a pair; ValueError where it has none."""
+    if pair.mask is None:
+        raise ValueError(f"{pair.image}: has no mask, so it can't be trained or scored on.")
+    return pair.mask
+
+
+def refuse_other_size(pair: Pair, image: Sequence[int], mask: Sequence[int]) -> None:
+    """ValueError where image and mask differ in size (height, width)."""
+    if tuple(image) != tuple(mask):
+        sizes = f"{image[0]}x{image[1]} but {pair.mask} is {mask[0]}x{mask[1]}"
+        raise ValueError(f"{pair.image} is {sizes} pixels (height x width). Image and mask must have equal size.")
+
+
 class LabelledImages(Dataset[Example]):
     """Images with labels, decoded at most once when `cache` is on.
 
@@ -86,13 +100,10 @@ class LabelledImages(Dataset[Example]):
 
     def _read(self, index: int) -> Example:
         pair = self.pairs[index]
-        if pair.mask is None:
-            raise ValueError(f"{pair.image}: has no mask, so it can't be trained or scored on.")
+        mask = mask_of(pair)
         image = conform(read_image(pair.image), self.bands, self.dtype, str(pair.image))
-        labels = self.label_map(read_mask(pair.mask), str(pair.mask))
-        if image.shape[1:] != labels.shape:
-            sizes = f"{image.shape[1]}x{image.shape[2]} but {pair.mask} is {labels.shape[0]}x{labels.shape[1]}"
-            raise ValueError(f"{pair.image} is {sizes} pixels (height x width). Image and mask must have equal size.")
+        labels = self.label_map(read_mask(mask), str(mask))
+        refuse_other_size(pair, image.shape[1:], labels.shape)
         weights = None if self.weigh is None else torch.from_numpy(self.weigh(labels))
         return Example(torch.from_numpy(image), torch.from_numpy(labels), weights, pair.image.name)
 

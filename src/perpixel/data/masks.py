@@ -30,7 +30,11 @@ def read_mask(picture: Picture | Path) -> np.ndarray:
         PictureError (a ValueError): as `read_image`, and if the file holds fractions or numbers beyond 16 bits.
     """
     picture = as_picture(picture)
-    stored = decode(picture.path, picture.page, pixel_limit(), as_numbers=True).pixels
+    return mask_values(decode(picture.path, picture.page, pixel_limit(), as_numbers=True).pixels, picture)
+
+
+def mask_values(stored: np.ndarray, picture: Picture) -> np.ndarray:
+    """(H, W) values of a mask, or of a window of one, from its pixels (C, H, W) as stored; see `read_mask`."""
     bands = stored.shape[0]
     if bands == 1:
         return _whole_numbers(stored[0], picture)

@@ -65,7 +65,12 @@ def open_source(picture: Picture) -> Source:
         if not 0 <= (picture.page or 0) < len(slices):
             raise PictureError(f"{picture}: there is no such slice, only 0 to {len(slices) - 1}")
         return BandPages([TiffSource(Picture(path, page)) for page in slices[picture.page or 0]])
-    with explained(path, picture.page):
-        if is_tiff(path) and tiff_in_parts(picture):
+    return open_page(picture)
+
+
+def open_page(picture: Picture) -> Source:
+    """As `open_source`, for pictures whose number is that of a page of the file, as data sets have them."""
+    with explained(picture.path, picture.page):
+        if is_tiff(picture.path) and tiff_in_parts(picture):
             return TiffSource(picture)
     return WholeSource(read_image(picture))

@@ -57,7 +57,8 @@ class TiffSource:
     """A TIFF page whose tiles or strips are decoded as they are needed, by a few threads.
 
     Segments of an ordinary file are kept up to KEPT_BYTES; of a striped one up to what a row of blocks needs (`keep`), so that no strip
-    is decoded anew for each block of the row. Uncompressed rows are read from the file where they lie.
+    is decoded anew for each block of the row. Uncompressed rows are read from the file where they lie. `numbers` gives the pixels of a
+    mask: as stored, palette indices and all.
     """
 
     def __init__(self, picture: Picture) -> None:
@@ -91,9 +92,17 @@ class TiffSource:
         self._file.close()
         self.page.parent.close()
 
+    def numbers(self, top: int, left: int, height: int, width: int) -> Window:
+        """As `read`, but as `decode(..., as_numbers=True)` gives them: of any number type, and no number stands for "no data"."""
+        stored, known, damage = self._stored(top, left, height, width)
+        return Window(from_tiff(self.page, stored, as_numbers=True).pixels, known, damage)
+
+    def _stored(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None, dict[Any, str]]:
+        return self._raw_rows(top, left, height, width) if self._raw else self._pasted(top, left, height, width)
+
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         """See `Source`."""
-        stored, known, damage = self._raw_rows(top, left, height, width) if self._raw else self._pasted(top, left, height, width)
+        stored, known, damage = self._stored(top, left, height, width)
         known = without_nodata(stored, known, self.place.nodata)
         converted = from_tiff(self.page, stored, as_numbers=False)
         pixels = converted.pixels

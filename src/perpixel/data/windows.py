@@ -74,6 +74,12 @@ class WholeSource:
         """Nothing is open."""
 
 
+def hole_words(name: object, where: tuple[int, int, int, int], why: str) -> str:
+    """What is told of a damaged piece of a picture."""
+    top, left, height, width = where
+    return f"{name}: rows {top} to {top + height - 1}, columns {left} to {left + width - 1} are damaged ({why})"
+
+
 def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:
     """`known`, and False where every band has the file's number for "no data", or one is NaN or infinite. Those become 0 in `stored`."""
     missing = np.zeros(stored.shape[1:], bool)

@@ -166,6 +166,10 @@ class Region:
         """Add one image; arguments and errors as in `Confusion.update`."""
         image = Confusion(self.confusion.classes, self.confusion.counts.device)
         image.update(labels, predicted, ignore)
+        self.add(image, name)
+
+    def add(self, image: Confusion, name: str = "") -> None:
+        """Add one image that has been counted."""
         self.confusion.merge(image)
         self.images.add(image.tally, name)
 

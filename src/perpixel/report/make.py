@@ -35,6 +35,7 @@ def evaluate_and_report(
     labels: Mapping[int, int] | None = None,
     device: str | None = None,
     refine: str = "bundle",
+    precision: str = "float32",
     scores: Sequence[str] = DEFAULT_GROUPS,
     absent: str = "union",
     inside: str | None = None,
@@ -62,7 +63,7 @@ def evaluate_and_report(
             raise ValueError(f"a report needs {' and '.join(missing)}; install it: python -m pip install {' '.join(missing)}")
         pool, findings = unlabelled_images(images, masks, unlabelled), Findings(loaded.card.colors)
     result = evaluate(
-        loaded, images, masks, split=split, labels=labels, refine=refine, scores=scores, absent=absent, inside=inside,
+        loaded, images, masks, split=split, labels=labels, refine=refine, precision=precision, scores=scores, absent=absent, inside=inside,
         progress=progress, observers=[] if findings is None else [findings],
     )  # fmt: skip
     if report is not None and findings is not None:
