@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from perpixel.augmented import SCALES, AugmentedTiler, View, views
-from perpixel.data.writing import write_rgb
+from perpixel.data.writing import write_labels, write_rgb
+from perpixel.evaluate import evaluate
 from perpixel.models import unet
 from perpixel.predict import load
 from perpixel.tiling import Tiler, predict_tiled, predict_whole, reader
@@ -97,3 +99,24 @@ def test_predict_writes_the_labels_of_the_mean_scores(make_bundle, command, tmp_
     np.testing.assert_allclose(written, augmented.probabilities(tmp_path / "photo.png"), atol=1e-3)
     assert np.abs(written - plain.probabilities(tmp_path / "photo.png")).max() > 1e-3
     assert command("predict", bundle, tmp_path / "photo.png", "--tta", "mirrors").code == 2
+
+
+def test_evaluate_scores_the_labels_that_predict_writes_with_the_same_views(make_bundle, command, tmp_path):
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        write_rgb(tmp_path / "images" / f"{number}.png", rng.integers(0, 256, (40, 52, 3), dtype=np.uint8))
+        write_labels(tmp_path / "masks" / f"{number}.png", rng.integers(0, 3, (40, 52), dtype=np.uint8), [(0, 0, 0)] * 3)
+    bundle = make_bundle(width=4)
+    found = evaluate(bundle, tmp_path / "images", tmp_path / "masks", device="cpu", augment="rotations")
+    segmenter = load(bundle, "cpu", augment="rotations")
+    counts = np.zeros((3, 3), int)
+    for number in range(3):
+        truth = np.asarray(Image.open(tmp_path / "masks" / f"{number}.png"))
+        np.add.at(counts, (truth, segmenter.predict(tmp_path / "images" / f"{number}.png")), 1)
+    assert np.array_equal(found.confusion.counts.numpy(), counts)
+    assert not np.array_equal(evaluate(bundle, tmp_path / "images", tmp_path / "masks", device="cpu").confusion.counts.numpy(), counts)
+    page = tmp_path / "page.html"
+    said = command("evaluate", bundle, tmp_path / "images", tmp_path / "masks", "--tta", "rotations", "--absent", "truth", "--report", page)
+    assert said.code == 0, said.err
+    assert "several views of each image: rotations" in said.out
+    assert "--tta rotations --absent=truth --report" in page.read_text()

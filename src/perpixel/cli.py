@@ -33,6 +33,10 @@ Labels = Annotated[
 ]
 Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf.")]
 Absent = Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")]
+Precision = Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")]
+Views = Annotated[
+    str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 
@@ -107,7 +111,8 @@ def evaluate(
     inside: Annotated[
         str | None, typer.Option(help="Neurite scores: the class inside of cells. Default: the last.", show_default=False)
     ] = None,
-    precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
+    precision: Precision = "float32",
+    tta: Views = "",
     json: Json = False,
     json_out: Annotated[
         Path | None, typer.Option("--json-out", help="Also write it all here, with the counts that `perpixel compare` reads.")
@@ -133,6 +138,7 @@ def evaluate(
             labels=_labels(label),
             refine=refine,
             precision=precision,
+            augment=tta,
             scores=parse_groups(scores),
             absent=absent,
             inside=inside,
@@ -169,10 +175,8 @@ def predict(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at damage, instead of leaving it out.")] = False,
     max_ram: Annotated[str | None, typer.Option(help="Memory the process may take: 2G, 800M.", show_default=False)] = None,
     max_vram: Annotated[str | None, typer.Option(help="Memory of the GPU it may take.", show_default=False)] = None,
-    precision: Annotated[str, typer.Option(help="float32, or bf16: faster, a few labels in ten thousand differ.")] = "float32",
-    tta: Annotated[
-        str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
-    ] = "",
+    precision: Precision = "float32",
+    tta: Views = "",
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n shares of the work, counted from 1.", show_default=False)] = None,
 ) -> None:
     """Label every pixel of the images; writes OUT/<image name>.png with class indices, at exactly the images' size.

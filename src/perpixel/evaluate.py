@@ -50,6 +50,8 @@ class Evaluation:
     scores: Scores | None = None  # of other kinds, where they were asked for
     absent: str = "union"  # the rule of every mean over classes, a key of `ABSENT_RULES`
     refined: str = "none"  # by which refiner the scores were
+    precision: str = "float32"  # of the network
+    augment: str = ""  # views whose scores were averaged
 
     @property
     def confusion(self) -> Confusion:
@@ -91,6 +93,8 @@ class Evaluation:
             "image_means": {name: plain(value) for name, value in side_by_side["images"].items()},
             "cost": plain(self.cost),
             "refined": self.refined,
+            "precision": self.precision,
+            "augment": self.augment,
             "intervals": {name: [plain(np.asarray(found.low)), plain(np.asarray(found.high))] for name, found in self.intervals().items()},
             **({} if self.scores is None else self.scores.to_json(self.absent)),
             "losses": {name: plain(loss) for name, loss in self.losses.items()},
@@ -217,6 +221,7 @@ def evaluate(
     device: str | None = None,
     refine: str = "bundle",
     precision: str = "float32",
+    augment: str = "",
     progress: Progress | None = None,
     scores: Sequence[str] = DEFAULT_GROUPS,
     absent: str = "union",
@@ -237,6 +242,7 @@ def evaluate(
         device: where a bundle given as a path runs; None: on the GPU where there is one.
         refine: "bundle": by the refiner in the bundle, if it has one; "none"; or the name of a refiner, with its default options.
         precision: "float32", or "bf16": the network computes as `predict --precision bf16` does.
+        augment: "flips,rotations,scales", or some of them: as `predict --tta`.
         scores: what to gather beside the region scores, of `scores.GROUPS`.
         absent: the rule for absent classes in every mean, of `ABSENT_RULES`.
         inside: the class that neurite scores take for the inside of cells; None: the last.
@@ -253,9 +259,10 @@ def evaluate(
     gathered = Scores(scores, card.classes, bundle.temperature(refine), inside)
     layout = find_layout(images, masks)
     pairs = layout.labelled(split, card.val_fraction, card.split_seed)
-    scorer = BlockScorer(Segmenter(bundle, refine, precision), bundle.relabelled(labels or {}), gathered)
+    scorer = BlockScorer(Segmenter(bundle, refine, precision, augment), bundle.relabelled(labels or {}), gathered)
     result = _scored_by(scorer, pairs, [gathered, *observers], progress or (lambda *_: None))
     result.scores, result.absent, result.refined = gathered, absent, bundle.refiner_words(refine)
+    result.precision, result.augment = precision, augment
     result.damaged = {file: why if file in why else f"{file}: {why}" for file, why in {**layout.damaged, **result.damaged}.items()}
     if not result.losses:
         first = next(iter(result.damaged.values()), "none of them has a labelled pixel")

@@ -27,6 +27,8 @@ def render(result: "Evaluation", console: Console) -> None:
         f"{content['images']} images. {ABSENT_RULES[result.absent]}[/]",
         soft_wrap=True,
     )
+    if result.augment:
+        console.print(f"scores averaged over several views of each image: {result.augment}", soft_wrap=True)
     if result.refined != "none":
         console.print(f"scores refined by {escape(result.refined)}; --refine none leaves it out", soft_wrap=True)
     for line in _group_lines(content):

@@ -36,6 +36,7 @@ def evaluate_and_report(
     device: str | None = None,
     refine: str = "bundle",
     precision: str = "float32",
+    augment: str = "",
     scores: Sequence[str] = DEFAULT_GROUPS,
     absent: str = "union",
     inside: str | None = None,
@@ -63,13 +64,17 @@ def evaluate_and_report(
             raise ValueError(f"a report needs {' and '.join(missing)}; install it: python -m pip install {' '.join(missing)}")
         pool, findings = unlabelled_images(images, masks, unlabelled), Findings(loaded.card.colors)
     result = evaluate(
-        loaded, images, masks, split=split, labels=labels, refine=refine, precision=precision, scores=scores, absent=absent, inside=inside,
-        progress=progress, observers=[] if findings is None else [findings],
+        loaded, images, masks, split=split, labels=labels, refine=refine, precision=precision, augment=augment, scores=scores,
+        absent=absent, inside=inside, progress=progress, observers=[] if findings is None else [findings],
     )  # fmt: skip
     if report is not None and findings is not None:
         split = split or _usual_part(images, masks)
+        asked = [f"--label={value}={target}" for value, target in (labels or {}).items()]
+        asked += [f"--scores={','.join(scores) or 'region'}"] if tuple(scores) != DEFAULT_GROUPS else []
+        asked += [f"--absent={absent}"] if absent != "union" else []
+        asked += [f"--inside={inside}"] if inside is not None else []
         write_report(
-            Path(report), path, loaded, result, findings, images, masks, pool, split=split, refine=refine, progress=progress
+            Path(report), path, loaded, result, findings, images, masks, pool, split=split, refine=refine, asked=asked, progress=progress
         )  # fmt: skip
     return result
 
@@ -99,6 +104,7 @@ def write_report(
     *,
     split: str | None,
     refine: str = "bundle",
+    asked: Sequence[str] = (),
     limit: int = LIMIT,
     progress: Progress | None = None,
 ) -> None:
@@ -110,19 +116,23 @@ def write_report(
         result, findings: what `evaluate` gave on `images` and `masks`, and what its observer found.
         unlabelled: images without masks, of which `limit` at most are looked at.
         split, refine: what `evaluate` was asked for; None: the whole set.
+        asked: other options of the command that are not the usual ones.
     """
     card, run, count = bundle.card, read_run(path.parent), len(result.losses)
     name = Path(images).absolute().stem
     scored = f"{count:,} {PARTS.get(split or '', 'images')}"
-    segmenter = Segmenter(bundle, refine)
+    segmenter = Segmenter(bundle, refine, result.precision, result.augment)
 
     def read(index: int) -> tuple[np.ndarray, Tensor]:
         image = read_image(unlabelled[index])
         return image, segmenter.logits(torch.from_numpy(image))
 
     proposals, unread = propose([picture.name for picture in unlabelled], read, findings.colors, limit=limit, progress=progress)
-    asked = ["perpixel", "evaluate", str(path), str(images), *([str(masks)] if masks else []), *(["--split", split] if split else [])]
-    asked += [*(["--refine", refine] if refine != "bundle" else []), "--report", str(report)]
+    command = ["perpixel", "evaluate", str(path), str(images), *([str(masks)] if masks else []), *(["--split", split] if split else [])]
+    command += ["--refine", refine] if refine != "bundle" else []
+    command += ["--precision", result.precision] if result.precision != "float32" else []
+    command += ["--tta", result.augment] if result.augment else []
+    command += [*asked, "--report", str(report)]
     content = Content(
         title=f"{name}: what {card.model} sees",
         subtitle=f"{card.model}{f' on {card.encoder}' if card.encoder else ''}, scored on {scored} of {name}",
@@ -133,7 +143,7 @@ def write_report(
         facts=facts(
             card, run, path, f"{', '.join(str(part) for part in (images, masks) if part)} ({scored})", bundle.refiner_words(refine)
         ),
-        commands=commands(run, path.parent, asked),
+        commands=commands(run, path.parent, command),
         run=run,
         confusions=findings.confusions.worst(),
         atlas=findings.atlas.entries,
