@@ -129,6 +129,54 @@ def speed() -> str:
     return "\n".join([*lines, ""])
 
 
+def papers() -> str:
+    """One table per group of papers.py: the paper's claims, ours, the verdict; then the rows."""
+    parts = []
+    for path in sorted((HERE / "results").glob("papers-*.json")):
+        run = json.loads(path.read_text())
+        lines = [
+            f"## The papers' comparisons: {path.stem.removeprefix('papers-')}",
+            "",
+            f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, encoder {run['encoder']}, same plan and seed. The gain in "
+            f"mIoU on the validation images of {run['set']} has its 95 % interval over the images.",
+            "",
+            "| from | to | the paper's mIoU | our gain in points | verdict |",
+            "|---|---|---|---|---|",
+        ]
+        for claim in run["claims"]:
+            gain = f"{100 * claim['gain']:+.1f} ({100 * claim['low']:+.1f} to {100 * claim['high']:+.1f})"
+            lines.append(f"| {claim['worse']} | {claim['better']} | {claim['paper']} | {gain} | **{claim['verdict']}** |")
+        lines += ["", "| net | global | class average | mIoU | BF | minutes |", "|---|---|---|---|---|---|"]
+        for name, row in run["rows"].items():
+            figures = [f"{100 * row[key]:.1f}" for key in ("pixel_accuracy", "mean_accuracy", "miou")]
+            bf = "-" if row["bf"] is None else f"{100 * row['bf']:.1f}"
+            lines.append(f"| {name} | {' | '.join(figures)} | {bf} | {row['minutes']} |")
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+def training() -> str:
+    """Rows of speed_training.py; nothing before it has been run."""
+    path = HERE / "results" / "speed-training.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text())
+    lines = [
+        "## Training: our loop and the plain one",
+        "",
+        f"`{run['command']}` on {run['machine']}: images a second, in turns, {run['batch']} crops of {run['crop'][0]}x{run['crop'][1]} a step; "
+        "medians, and the range of the ratios. Memory is the peak, with the workers' own.",
+        "",
+        "| net | ours | plain | times faster | range | our memory | plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        low, high = row["range"]
+        speeds = f"{row['ours']:.1f} | {row['plain']:.1f} | **{row['times_faster']:.2f}** | {low:.2f} to {high:.2f}"
+        lines.append(f"| {row['net']} | {speeds} | {row['ours_megabytes']:,} MB | {row['plain_megabytes']:,} MB |")
+    return "\n".join([*lines, ""])
+
+
 def memory() -> str:
     """One row per size of image of memory.py; nothing before it has been run."""
     runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("memory-evaluate-*.json"))]
@@ -151,5 +199,5 @@ def memory() -> str:
 
 if __name__ == "__main__":
     parts = ["## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""]
-    parts += [upper_bounds(), refinement(), dense_crf(), speed(), memory()]
+    parts += [upper_bounds(), papers(), refinement(), dense_crf(), speed(), training(), memory()]
     (HERE.parent / "docs" / "results.md").write_text("\n".join([HEAD, *parts]))
