@@ -137,8 +137,8 @@ def papers() -> str:
         lines = [
             f"## The papers' comparisons: {path.stem.removeprefix('papers-')}",
             "",
-            f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, encoder {run['encoder']}, same plan and seed. The gain in "
-            f"mIoU on the validation images of {run['set']} has its 95 % interval over the images.",
+            f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, encoder {run['encoder']}, same plan and seed. The "
+            f"gain in mIoU on the validation images of {run['set']} has its 95 % interval over the images.",
             "",
             "| from | to | the paper's mIoU | our gain in points | verdict |",
             "|---|---|---|---|---|",
@@ -164,8 +164,8 @@ def training() -> str:
     lines = [
         "## Training: our loop and the plain one",
         "",
-        f"`{run['command']}` on {run['machine']}: images a second, in turns, {run['batch']} crops of {run['crop'][0]}x{run['crop'][1]} a step; "
-        "medians, and the range of the ratios. Memory is the peak, with the workers' own.",
+        f"`{run['command']}` on {run['machine']}: images a second, in turns, {run['batch']} crops of {run['crop'][0]}x{run['crop'][1]} a "
+        "step; medians, and the range of the ratios. Memory is the peak, with the workers' own.",
         "",
         "| net | ours | plain | times faster | range | our memory | plain |",
         "|---|---|---|---|---|---|---|",
