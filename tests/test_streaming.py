@@ -300,6 +300,8 @@ def test_shards_are_named_from_one_and_torchrun_names_its_own(monkeypatch):
     assert shard_of(None) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "5")
+    assert shard_of(None) == (0, 1), "job systems set these for commands that know nothing of them"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert shard_of(None) == (3, 5)
     for wrong in ("0/2", "3/2", "2", "a/b", "/"):
         with pytest.raises(ValueError, match=f"shard is '{wrong}'; legal is i/n with 1 <= i <= n"):

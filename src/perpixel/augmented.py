@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perpixel.tiling import Kept, Read, Tiler
 
+LINE = 1024  # positions that are resampled at a time
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # arXiv:1706.05587, sec. 4.1
 KINDS = ("flips", "rotations", "scales")
 Size = tuple[int, int]
@@ -165,17 +166,35 @@ def _resampled(read: Read, size: Size, wanted: Size, part: Part) -> Tensor:
     """A part of an image that is resized from `size` to `wanted`, bilinear, pixels as areas, averaged over what a pixel covers."""
     if size == wanted:
         return read(*part)
-    (first, rows), (start, columns) = (_weights(*line) for line in zip(size, wanted, part[:2], part[2:], strict=True))
-    seen = read(first, start, rows.shape[1], columns.shape[1])
-    return rows.to(seen) @ seen @ columns.to(seen).T
+    seen = read(*_needed(size, wanted, part))
+    with torch.autocast(seen.device.type, enabled=False):
+        across = _line(seen.float() if seen.dtype == torch.bfloat16 else seen, size[1], wanted[1], part[1], part[3])
+        return _line(across.transpose(-1, -2), size[0], wanted[0], part[0], part[2]).transpose(-1, -2)
+
+
+def _line(x: Tensor, side: int, wanted: int, start: int, count: int) -> Tensor:
+    """The last axis resampled, LINE positions at a time, as the matrix of weights grows with their square."""
+    begin, done = _span(side, wanted, start, count)[0], []
+    for at in range(start, start + count, LINE):
+        first, weights = _weights(side, wanted, at, min(LINE, start + count - at))
+        done.append(x[..., first - begin : first - begin + weights.shape[1]] @ weights.to(x).T)
+    return torch.cat(done, -1)
 
 
 def _needed(size: Size, wanted: Size, part: Sequence[int]) -> Part:
     """What of an image of `size` pixels a part is made of once it is resized to `wanted`."""
     if size == wanted:
         return part[0], part[1], part[2], part[3]
-    (first, rows), (start, columns) = (_weights(*line) for line in zip(size, wanted, part[:2], part[2:], strict=True))
-    return first, start, rows.shape[1], columns.shape[1]
+    (top, rows), (left, columns) = (_span(*line) for line in zip(size, wanted, part[:2], part[2:], strict=True))
+    return top, left, rows, columns
+
+
+def _span(side: int, wanted: int, start: int, count: int) -> tuple[int, int]:
+    """The first pixel of a side that counts for `count` positions from `start` on of the side resized, and how many do."""
+    factor = side / wanted
+    wide = max(factor, 1.0)
+    first = max(int(np.ceil((start + 0.5) * factor - 0.5 - wide)), 0)
+    return first, min(int(np.floor((start + count - 0.5) * factor - 0.5 + wide)), side - 1) - first + 1
 
 
 def _weights(side: int, wanted: int, start: int, count: int) -> tuple[int, Tensor]:
@@ -183,6 +202,6 @@ def _weights(side: int, wanted: int, start: int, count: int) -> tuple[int, Tenso
     factor = side / wanted
     centre = (start + np.arange(count) + 0.5) * factor - 0.5
     wide = max(factor, 1.0)  # a smaller image averages, so that nothing is skipped
-    first, last = max(int(np.ceil(centre[0] - wide)), 0), min(int(np.floor(centre[-1] + wide)), side - 1)
-    weights = np.maximum(1 - np.abs(centre[:, None] - np.arange(first, last + 1)) / wide, 0)
+    first, pixels = _span(side, wanted, start, count)
+    weights = np.maximum(1 - np.abs(centre[:, None] - np.arange(first, first + pixels)) / wide, 0)
     return first, torch.from_numpy(weights / weights.sum(1, keepdims=True))

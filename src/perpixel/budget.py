@@ -2,7 +2,10 @@
 
 import os
 import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,7 +115,8 @@ def plan(
                 total = seconds * tiler.windows(source.size)
                 return Plan(tiler, grid, tiler.windows(source.size), ram, gpu + (batch - 1) * vram_growth, total)
         smaller = tile // 2
-        if overlap == "exact" or smaller <= overlap or Tiler(model, smaller, overlap).window >= tiler.window:
+        least_tile = 1 if overlap == "exact" else overlap + 1
+        if smaller < least_tile or Tiler(model, smaller, overlap).window >= tiler.window:
             need = f"about {least / 2**20:,.0f} MB of memory" + (f" and {vram / 2**20:,.0f} MB of the GPU's" if vram else "")
             raise ValueError(f"the smallest tile and block of this model need {need}; raise the limit, or take a smaller model")
         tile = smaller
@@ -147,12 +151,12 @@ def _measured(model: SegmentationModel, tiler: Tiler, bands: int) -> tuple[float
     before = torch.cuda.memory_allocated(parameter.device) if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats(parameter.device)
-    _forget_peak()
-    seconds = _timed(model, window)
-    if seconds < LONG:  # the first one also waits for memory and libraries; of a long one that is a small part
-        seconds = min(seconds, _timed(model, window))
+    with _watched() as held:
+        seconds = _timed(model, window)
+        if seconds < LONG:  # the first one also waits for memory and libraries; of a long one that is a small part
+            seconds = min(seconds, _timed(model, window))
     peak = torch.cuda.max_memory_allocated(parameter.device) if gpu else 0
-    return seconds, _resident(), peak, peak - before
+    return seconds, max(held), peak, peak - before
 
 
 def _timed(model: SegmentationModel, window: Tensor) -> float:
@@ -175,18 +179,30 @@ def _free_vram(model: SegmentationModel) -> int:
 
 
 def _resident() -> int:
-    """Bytes of the process that were in memory at most (Linux, proc(5), VmHWM); 0 where the system does not say."""
+    """Bytes of the process that are in memory (Linux, proc(5), statm); 0 where the system does not say."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
-    return int(found[1]) * 1024 if found else 0
 
 
-def _forget_peak() -> None:
-    """The peak begins anew (Linux, proc(5), clear_refs 5); elsewhere it is that of the process so far, which is no less."""
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5", "utf-8")
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    """What the process holds, looked at every few milliseconds by a thread. (The system's own peak is that of all its life.)"""
+    held, done = [_resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.003):
+            held.append(_resident())
+
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield held
+    finally:
+        done.set()
+        thread.join()
+        held.append(_resident())
 
 
 def _spoken(seconds: float) -> str:

@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from perpixel.budget import WHOLE, Limits, Plan, one_block
 from perpixel.bundle import digest_of
+from perpixel.data.decoding import read_header
 from perpixel.data.display import overlay
-from perpixel.data.images import Picture
+from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
-from perpixel.data.outputs import FORMATS, Legend, format_of, thinned, write_layer
+from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import find_sources, open_source
 from perpixel.data.windows import Source, hole_words
 from perpixel.data.writing import write_array, write_labels, write_rgb
@@ -23,6 +29,7 @@ from perpixel.tiling import Tiler
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[int, int, str], None]  # (done, of, what)
+ORDINARY = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}  # decoded whole, never georeferenced
 
 
 @dataclass
@@ -106,10 +113,10 @@ def predict_files(
     pictures = find_sources(inputs)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
-    with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as write:
+    with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
-            run.picture(number, source, write)
-    run.journal.close([run.key(picture) for picture in pictures])
+            run.picture(number, source, partial(do, _writing))
+    run.journal.close([run.key(picture) for picture in pictures if str(picture) not in run.result.damaged])
     return run.result
 
 
@@ -120,7 +127,8 @@ def shard_of(text: str | None) -> tuple[int, int]:
         ValueError: for another text.
     """
     if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # job systems set the others too, for commands that know nothing of them
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if by_torchrun else (0, 1)
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise ValueError(f"shard is {text!r}; legal is i/n with 1 <= i <= n, such as 2/4")
@@ -139,23 +147,41 @@ class _Run:
         self.result = Predicted()
         bundle = segmenter.bundle
         model = [bundle.card.model_dump_json(), digest_of(bundle.model.state_dict())]
-        settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment]
-        self.journal = Journal(out, json.dumps([*settings, task.format, task.samples, [layer.name for layer in self.layers]]))
+        settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
+        self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
+        self._plans: dict[tuple[object, ...], Plan] = {}  # of small pictures under limits, by size
 
     def key(self, picture: Picture) -> str:
         """A picture as it is now; one that was replaced since is another."""
-        state = picture.path.stat()
-        return f"{picture} {state.st_size} {state.st_mtime_ns}"
+        path = picture.path
+        files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path]
+        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return f"{picture} {states}"
 
     def opened(self, numbered: tuple[int, Picture]) -> tuple[int, Source | ValueError | None]:
         """The picture, or why it cannot be read, or None where there is nothing to do for this process."""
         number, picture = numbered
-        if self.journal.settled(self.key(picture)) and self._is_written(picture):
+        key = self.key(picture)
+        if self.journal.settled(key) and self._is_written(picture):
+            if holes := self.journal.holes(key):
+                self.result.holes[str(picture)] = holes
+            return number, None
+        if self._is_of_another_share(number, picture):
             return number, None
         try:
             return number, open_source(picture)
         except ValueError as error:
             return number, error
+
+    def _is_of_another_share(self, number: int, picture: Picture) -> bool:
+        """Whether an ordinary picture, which is one block, falls to another process: it need not even be decoded."""
+        part, parts = self.task.shard
+        if number % parts == part or picture.path.suffix.lower() not in ORDINARY or self.task.limits != Limits():
+            return False
+        with suppress(ValueError):
+            header = read_header(picture.path, picture.page, pixel_limit())
+            return header.height * header.width <= WHOLE
+        return False
 
     def picture(self, number: int, source: Source | ValueError | None, write: Callable[..., None]) -> None:
         """Predict one picture: all of its blocks that are this process's and not there yet."""
@@ -169,28 +195,31 @@ class _Run:
             if self.task.strict or isinstance(error, _HopelessError):
                 raise
             self.result.damaged[str(picture)] = str(error)
-            self._settle(picture)
         self.progress(number + 1, len(self.pictures), picture.name)
 
     def _predict(self, number: int, picture: Picture, source: Source, write: Callable[..., None]) -> None:
         task, parts = self.task, self.journal.parts(self.key(picture))
         targets = self._targets(picture, source)
         planned = self._planned(source, parts)
-        streamer = self.segmenter.streamer(source, str(picture), planned.grid, planned.tiler, refined=task.samples is None)
+        alone = len(planned.grid.blocks) == 1 and targets["labels"].suffix == ".png" and not parts.exists()
+        if not alone:
+            planned = self._agreed(planned, source, parts)
         mosaic = Mosaic(parts, planned.grid, self.layers)
-        alone = len(mosaic.grid.blocks) == 1 and targets["labels"].suffix == ".png"
         mine = [block for n, block in enumerate(mosaic.grid.blocks) if (n + number) % task.shard[1] == task.shard[0]]
         due = [block for block in mine if not mosaic.has(block)]
-        with ahead(map(streamer.region, due), WAITING) as regions:
-            for done, region in enumerate(regions, 1):  # 1 read
-                if task.strict and region.damage:
-                    raise ValueError(hole_words(picture, *next(iter(region.damage.items()))))
-                arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
-                if alone:
-                    write(self._write_whole, picture, source, targets, arrays, region)  # 8 write
-                else:
-                    write(mosaic.put, region.block, arrays, region.damage)  # 8 write, a part of it
-                    self.progress(number, len(self.pictures), f"{picture.name}, block {len(mine) - len(due) + done} of {len(mine)}")
+        if due:
+            streamer = self.segmenter.streamer(source, str(picture), planned.grid, planned.tiler, refined=task.samples is None)
+            with ahead(map(streamer.region, due), WAITING) as regions:
+                for done, region in enumerate(regions, 1):  # 1 read
+                    if task.strict and region.damage:
+                        raise ValueError(hole_words(picture, *next(iter(region.damage.items()))))
+                    arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
+                    if alone:
+                        write(self._write_whole, picture, source, targets, arrays, region)  # 8 write
+                    else:
+                        write(mosaic.put, region.block, arrays, region.damage)  # 8 write, a part of it
+                        so_far = len(mine) - len(due) + done
+                        self.progress(number, len(self.pictures), f"{picture.name}, block {so_far} of {len(mine)}")
         if not alone:
             write(self._join, picture, source, targets, mosaic)
 
@@ -204,22 +233,36 @@ class _Run:
             scores = drawn.mean
             maps = maps_of(scores, task.probabilities, task.entropy, None)
             maps["uncertainty"] = drawn.uncertainty.half().cpu().numpy()
+        if region.known is not None:
+            for values in maps.values():
+                values[..., ~region.known] = np.nan
         return {"labels": labels_of(scores, classes, region.known), **maps}
 
     def _planned(self, source: Source, parts: Path) -> Plan:
-        """For a picture of one block nothing needs measuring; a larger one is cut as its first process, or its first run, decided."""
+        """For a picture of one block nothing needs measuring, and those of one size are planned alike."""
         card, model = self.segmenter.bundle.card, self.segmenter.bundle.model
         limits, small = self.task.limits, source.size[0] * source.size[1] <= WHOLE
         if small and limits == Limits() and not parts.exists():
             return Plan(Tiler(model, card.tile, card.overlap), one_block(source.size), 0, 0, 0, 0.0)
-        try:
-            found = self.segmenter.plan(source, limits, sum(max(layer.bands, 1) for layer in self.layers) - 1)
-        except ValueError as error:
-            raise _HopelessError(str(error)) from error
-        if len(found.grid.blocks) > 1 or parts.exists():
-            said = agreed(parts, {"tile": found.tiler.tile, "height": found.grid.block[0], "width": found.grid.block[1]})
-            tiler = Tiler(model, said["tile"], card.overlap, found.tiler.batch)
-            found = replace(found, tiler=tiler, grid=Grid(source.size, (said["height"], said["width"])))
+        alike = (source.size, source.bands, source.segment)
+        if alike not in self._plans or not small:
+            try:
+                found = self.segmenter.plan(source, limits, sum(max(layer.bands, 1) for layer in self.layers) - 1)
+                self._plans[alike] = replace(found, seconds=found.seconds * (self.task.samples or 1))
+            except ValueError as error:
+                raise _HopelessError(str(error)) from error
+        return self._plans[alike]
+
+    def _agreed(self, planned: Plan, source: Source, parts: Path) -> Plan:
+        """What goes through parts is cut as its first process, or its first run, decided; anew where a limit asks for less than that."""
+        own = {"tile": planned.tiler.tile, "height": planned.grid.block[0], "width": planned.grid.block[1]}
+        said = agreed(parts, own)
+        if self.task.limits != Limits() and self.task.shard[1] == 1 and any(own[key] < said[key] for key in own):
+            shutil.rmtree(parts)
+            said = agreed(parts, own)
+        tiler = Tiler(self.segmenter.bundle.model, said["tile"], self.segmenter.bundle.card.overlap, planned.tiler.batch)
+        found = replace(planned, tiler=tiler, grid=Grid(source.size, (said["height"], said["width"])))
+        if len(found.grid.blocks) > 1:
             self.tell(str(found))
         return found
 
@@ -228,6 +271,8 @@ class _Run:
         beside = "npy" if kind == "png" else kind
         targets = {layer.name: self.out / layer.name / f"{picture.name}.{beside}" for layer in self.layers}
         targets["labels"] = self.out / f"{picture.name}.{kind}"
+        if kind == "zarr" and find_spec("zarr") is None:
+            raise _HopelessError(f"{targets['labels']}: writing zarr needs zarr; pip install 'perpixel[zarr]' adds it")
         if targets["labels"].resolve() in self.inputs:
             raise _HopelessError(f"{targets['labels']} is an input, and the labels of {picture} would overwrite it; choose another folder.")
         return targets
@@ -246,6 +291,8 @@ class _Run:
     def _join(self, picture: Picture, source: Source, targets: dict[str, Path], mosaic: Mosaic) -> None:
         """Put the parts together, if all are there; another process may do so at the same time, and remove them first."""
         if not mosaic.complete():
+            if self.task.shard[1] == 1:
+                raise _HopelessError(f"{picture}: parts in {mosaic.folder} were removed while it was predicted; run the command again")
             self.result.shared += 1
             source.close()
             return
@@ -258,27 +305,31 @@ class _Run:
             damage = mosaic.damage()
             write_layer(targets["labels"], mosaic, "labels", self.legend, source.place)
         except FileNotFoundError:
-            if not self.journal.settled(self.key(picture)):
+            if mosaic.folder.exists() or not targets["labels"].exists():
                 raise
-            damage = {}
+            source.close()
+            self.result.written.append(targets["labels"])  # the other process has noted it, and tells what is damaged
+            return
         self._finish(picture, source, targets["labels"], damage)
         mosaic.remove()
 
     def _write_overlay(self, picture: Picture, image: np.ndarray, labels: np.ndarray) -> None:
-        unseen = int(np.iinfo(labels.dtype).max)
+        unseen, step = int(np.iinfo(labels.dtype).max), -(-max(labels.shape) // OVERLAY_SIDE)
+        image, labels = image[:, ::step, ::step], labels[::step, ::step]
         write_rgb(self.out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, self.segmenter.colors, ignore=unseen))
 
     def _finish(self, picture: Picture, source: Source, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
         source.close()
-        if damage:
-            self.result.holes[str(picture)] = [hole_words(picture, where, why) for where, why in damage.items()]
+        holes = [hole_words(picture, where, why) for where, why in damage.items()]
+        if holes:
+            self.result.holes[str(picture)] = holes
         self.result.written.append(target)
-        self._settle(picture)
+        self._settle(picture, holes)
 
-    def _settle(self, picture: Picture) -> None:
+    def _settle(self, picture: Picture, holes: Sequence[str] = ()) -> None:
         """One ordinary picture needs no journal."""
         if len(self.pictures) > 1 or self.task.shard[1] > 1 or self.journal.folder.exists():
-            self.journal.settle(self.key(picture))
+            self.journal.settle(self.key(picture), holes)
 
     def _is_written(self, picture: Picture) -> bool:
         """Noted among the written ones, where its labels are there."""
@@ -289,6 +340,14 @@ class _Run:
 
 class _HopelessError(ValueError):
     """What would be wrong with the next picture too."""
+
+
+def _writing(function: Callable[..., None], *arguments: Any) -> None:
+    """An error of the writer is none of the picture that is read or predicted meanwhile."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        raise _HopelessError(str(error)) from error
 
 
 def _refuse_collisions(pictures: Sequence[Picture], out: Path, suffix: str) -> None:

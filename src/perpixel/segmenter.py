@@ -65,7 +65,9 @@ class Segmenter:
         """
         source, name = _opened(image)
         streamer = self.streamer(source, name, one_block(source.size))
-        return streamer.scores(streamer.region(streamer.grid.blocks[0]))
+        scores = streamer.scores(streamer.region(streamer.grid.blocks[0]))
+        source.close()
+        return scores
 
     def blocks(
         self, image: np.ndarray | Tensor | Path | str, limits: Limits | None = None
@@ -114,7 +116,9 @@ class Segmenter:
         self.refuse_samples()
         source, name = _opened(image)
         streamer = self.streamer(source, name, one_block(source.size), refined=False)
-        return sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
+        drawn = sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
+        source.close()
+        return drawn
 
     def refuse_samples(self) -> None:
         """Raises ValueError where samples with dropout make no sense: a model without it, or a refiner that was asked for by name."""

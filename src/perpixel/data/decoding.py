@@ -302,7 +302,7 @@ def _tiff_palette(page: tifffile.TiffPage) -> np.ndarray | None:
     return np.ascontiguousarray((np.asarray(page.colormap).T >> 8).astype(np.uint8))  # 16 bits a colour, TIFF 6.0 section 5
 
 
-def _tiff_alpha(page: tifffile.TiffPage) -> list[int]:
+def tiff_alpha(page: tifffile.TiffPage) -> list[int]:
     """Bands that are transparency."""
     first = page.samplesperpixel - len(page.extrasamples)
     return [first + i for i, kind in enumerate(page.extrasamples) if int(kind) in _ALPHA]
@@ -312,7 +312,7 @@ def tiff_header(page: tifffile.TiffPage, pages: int) -> Header:
     height, width = page.imagelength, page.imagewidth
     if tiff_orientation(page) >= 5:
         height, width = width, height
-    bands = page.samplesperpixel - len(_tiff_alpha(page))
+    bands = page.samplesperpixel - len(tiff_alpha(page))
     if page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
         bands = 3
     kind = str(page.dtype)
@@ -365,7 +365,7 @@ def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.nda
 
 
 def from_tiff(page: tifffile.TiffPage, pixels: np.ndarray, as_numbers: bool) -> Stored:
-    pixels = np.delete(pixels, _tiff_alpha(page), axis=0) if _tiff_alpha(page) else pixels
+    pixels = np.delete(pixels, tiff_alpha(page), axis=0) if tiff_alpha(page) else pixels
     if np.iscomplexobj(pixels):
         raise ValueError("complex numbers are no picture; write magnitude and phase as bands")
     bits = int(np.min(page.bitspersample))

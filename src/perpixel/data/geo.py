@@ -66,11 +66,13 @@ class RasterSource:
         with self._lock, explained(self.picture.path, None):
             try:
                 pixels = self._file.read(self._indices, window=where)
+                masked = self._file.dataset_mask(window=where)  # 0 where alpha, mask or number say that there is no data
             except self._rasterio.errors.RasterioIOError as error:
                 pixels = np.zeros((self.bands, height, width), self._file.dtypes[0])
                 why = " ".join(str(error).split())[:200]
                 return as_window(pixels, np.zeros((height, width), bool), {(top, left, height, width): why})
-        return as_window(pixels, without_nodata(pixels, None, self.place.nodata), {})
+        seen = masked > 0
+        return as_window(pixels, without_nodata(pixels, None if seen.all() else seen, self.place.nodata), {})
 
     def _tags(self) -> Place:
         """The tags that GDAL itself would write for this place."""

@@ -72,9 +72,13 @@ def agreed(folder: Path, proposal: dict[str, int]) -> dict[str, int]:
         folder.mkdir(parents=True, exist_ok=True)
         mine = folder / f"plan.{secrets.token_hex(6)}"
         mine.write_text(json.dumps(proposal), "utf-8")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(mine, path)  # unlike a rename it does not replace what another process has put there meanwhile
-        mine.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(mine, path)
+        mine.unlink(missing_ok=True)
     found: dict[str, int] = json.loads(path.read_text("utf-8"))
     return found
 
@@ -169,7 +173,7 @@ class Mosaic:
                 yield tile.tobytes()
 
     def _part(self, block: Block, name: str) -> Path:
-        return self.folder / f"{block.top:07d}_{block.left:07d}.{name}"
+        return self.folder / f"{block.top:07d}_{block.left:07d}_{block.height}x{block.width}.{name}"
 
     @staticmethod
     def _read_index(path: Path) -> np.ndarray:
@@ -188,6 +192,9 @@ class Journal:
 
     def __init__(self, out: Path, settings: str) -> None:
         self.folder = out / f".perpixel-{_digest(settings)}"
+        for other in out.glob(".perpixel-*/*.done"):
+            if other.parent != self.folder:  # what another bundle or option has written is about to be replaced
+                other.unlink(missing_ok=True)
 
     def parts(self, key: str) -> Path:
         """The folder for the parts of a picture."""
@@ -197,15 +204,24 @@ class Journal:
         """Whether a picture needs nothing more."""
         return (self.folder / f"{_digest(key)}.done").is_file()
 
-    def settle(self, key: str) -> None:
-        """Note that a picture needs nothing more: its outputs are there, or it cannot be read."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{_digest(key)}.done").touch()
+    def settle(self, key: str, holes: Sequence[str] = ()) -> None:
+        """Note that a picture needs nothing more: its outputs are there, or it cannot be read; and what is damaged of it."""
+        with replacing(self.folder / f"{_digest(key)}.done") as temporary:
+            temporary.write_text(json.dumps(list(holes)), "utf-8")
+
+    def holes(self, key: str) -> list[str]:
+        """What `settle` was told to be damaged of a picture."""
+        found: list[str] = json.loads((self.folder / f"{_digest(key)}.done").read_text("utf-8"))
+        return found
 
     def close(self, keys: Sequence[str]) -> None:
-        """Remove all of it, if every picture is settled."""
+        """Remove the notes on these pictures, if every one is settled; and the folder, unless it holds parts or notes of others."""
         if all(self.settled(key) for key in keys):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for key in keys:
+                (self.folder / f"{_digest(key)}.done").unlink(missing_ok=True)
+                shutil.rmtree(self.parts(key), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
 
 def _digest(text: str) -> str:

@@ -148,7 +148,11 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
             array[..., part.top : part.top + part.height, part.left : part.left + part.width] = mosaic.array(part, name)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not path.exists():  # else another process that joined the same parts was first
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

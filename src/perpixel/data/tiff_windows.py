@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from perpixel.data.decoding import PictureError, from_tiff, is_tiff, tiff_header, tiff_orientation, tiff_page
+from perpixel.data.decoding import PictureError, from_tiff, is_tiff, tiff_alpha, tiff_header, tiff_orientation, tiff_page
 from perpixel.data.geo import place_of
 from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
@@ -43,6 +43,8 @@ def ome_slices(path: Path) -> list[list[int]] | None:
                 return None
             series = tiff.series[0]
             axes = series.axes[: series.axes.index("Y")]
+            if any(page is not None and page.parent is not tiff for page in series.pages):
+                return None  # pages of other files
             if "C" not in axes or series.axes[len(axes) :] != "YX":
                 return None
             numbers = np.array([page.index for page in series.pages if page is not None]).reshape(series.shape[: len(axes)])
@@ -103,6 +105,9 @@ class TiffSource:
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         """See `Source`."""
         stored, known, damage = self._stored(top, left, height, width)
+        if self.place.tags and (alpha := tiff_alpha(self.page)):  # on a map, what is transparent has no data
+            seen = np.asarray((stored[alpha] > 0).all(0))
+            known = seen if known is None else known & seen
         known = without_nodata(stored, known, self.place.nodata)
         converted = from_tiff(self.page, stored, as_numbers=False)
         pixels = converted.pixels
