@@ -60,6 +60,7 @@ class Pairing:
         values: score -> of the first and of this run.
         iou: of each class, (K,) of the first and of this run.
         wins: image -> difference of its own mIoU, where the two are not equal.
+        holding: (K,) in how many images the truth has a class.
     """
 
     first: str
@@ -71,6 +72,7 @@ class Pairing:
     values: dict[str, tuple[float, float]]
     iou: tuple[np.ndarray, np.ndarray]
     wins: dict[str, float]
+    holding: np.ndarray
     notes: list[str]
 
     @property
@@ -89,7 +91,7 @@ class Pairing:
         """Plain types; None where there is no number."""
         iou = self.differences["iou"]
         columns = (*self.iou, *(np.asarray(part) for part in (iou.value, iou.low, iou.high)))
-        real = np.asarray(iou.above_zero | iou.below_zero).tolist()
+        real = np.asarray((iou.above_zero | iou.below_zero) & (self.holding >= FEW)).tolist()
         keys = ("name", "first", "second", "difference", "low", "high", "real")
         rows = [(name, *map(plain, row), told) for name, told, *row in zip(self.classes, real, *columns, strict=True)]
         won = sorted(self.wins, key=lambda name: -self.wins[name])
@@ -178,10 +180,11 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
             values[name] = (float(score(tables[0].sum(0))), float(score(tables[1].sum(0))))
     if "cost" not in differences:
         notes.append("the cost is not compared: the scores of some images overflowed")
+    holding = tallies.holding(one.region)
     iou = (tallies.iou(one.region.sum(0)), tallies.iou(two.region.sum(0)))
     own = tallies.miou(two.region, absent) - tallies.miou(one.region, absent)
     wins = {name: float(gain) for name, gain in zip(one.images, own, strict=True) if gain and np.isfinite(gain)}
-    return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, iou, wins, notes)
+    return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, iou, wins, holding, notes)
 
 
 def _measures(
@@ -227,7 +230,8 @@ def _in_both(
     told = " and ".join(f"{count} only in {run.name}" for run, count in alone if count)
     if told:
         notes.append(f"{len(shared)} {what} are in both and compared; left out are {told}")
-    return [one.index(name) for name in shared], [place[name] for name in shared]
+    own = {name: number for number, name in enumerate(one)}
+    return [own[name] for name in shared], [place[name] for name in shared]
 
 
 def _image_names(first: RunScores, second: RunScores) -> Callable[[RunScores], list[str]]:

@@ -71,15 +71,19 @@ class Evaluation:
         """Score -> its 95 % interval by bootstrap over the images (1,000 resamples); "iou" is that of each class, (K,)."""
         images, absent = self.region.images, self.absent
 
-        def scores_of(sums: np.ndarray) -> np.ndarray:
-            sums = tallies.without_missed(sums, images.total)
-            return np.concatenate([np.stack(list(tallies.scores(sums, absent).values()), -1), tallies.iou(sums)], -1)
+        whole, names = images.total, list(tallies.scores(images.total))
 
-        names = list(tallies.scores(images.total))
+        def scores_of(sums: np.ndarray) -> np.ndarray:
+            found = {name: tallies.of_resamples(mean, sums, whole, absent) for name, mean in tallies.MEANS.items()}
+            found |= {"pixel_accuracy": tallies.pixel_accuracy(sums), "fwiou": tallies.fwiou(sums)}
+            return np.concatenate([np.stack([found[name] for name in names], -1), tallies.iou(tallies.without_missed(sums, whole))], -1)
+
         every = interval(images.table, scores_of)
         value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
         found = {name: Interval(value[k], low[k], high[k], every.level, every.images) for k, name in enumerate(names)}
-        found["iou"] = Interval(value[len(names) :], low[len(names) :], high[len(names) :], every.level, every.images)
+        lone = tallies.holding(images.table) < 2  # one image tells nothing of others
+        low, high = (np.where(lone, np.nan, part[len(names) :]) for part in (low, high))
+        found["iou"] = Interval(value[len(names) :], low, high, every.level, every.images)
         losses = np.array(list(self.losses.values()))
         found["cost"] = interval(values_table(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan)), value_mean)
         return found if self.scores is None else found | self.scores.intervals(absent)

@@ -171,7 +171,7 @@ class Boundaries:
         images = self.bands.images
         return {
             "bf": interval(values_table(self.contours.per_image), value_mean),
-            "boundary_iou": interval(images.table, lambda sums: tallies.miou(tallies.without_missed(sums, images.total), absent)),
+            "boundary_iou": interval(images.table, lambda sums: tallies.of_resamples(tallies.miou, sums, images.total, absent)),
         }
 
 
@@ -214,7 +214,11 @@ class Reliability:
 
     def update(self, seen: Scored, labels: np.ndarray, predicted: np.ndarray) -> None:
         """Add one image."""
-        self.add_block(seen.logits, seen.labels, seen.ignore)
+        if not torch.isfinite(seen.logits).all():
+            self.not_finite += 1
+            return
+        for top in range(0, len(seen.labels), 256):  # it computes in float64
+            self.add_block(seen.logits[:, top : top + 256], seen.labels[top : top + 256], seen.ignore)
 
     def add_block(self, logits: Tensor, labels: Tensor, ignore: int) -> None:
         """Add pixels, logits (K, h, w) and labels (h, w), of one image."""
@@ -275,7 +279,7 @@ class Neurites:
         true_segments, segments = segments_of(truth), segments_of(guess)
         self.segments.update(true_segments, segments)
         self.objects.update(true_segments, segments)
-        self.warping.update(truth, guess)
+        self.warping.update(truth, guess, labels != seen.ignore)
 
     def merge(self, other: Self) -> None:
         """Append the images of another one."""

@@ -8,6 +8,8 @@ from scipy import ndimage
 from sklearn.metrics import confusion_matrix
 
 from perpixel.metrics.bands import BoundaryIoU, Trimap, steps_to_change
+from perpixel.metrics.boundary import BoundaryF
+from perpixel.metrics.surface import SurfaceDistance
 
 VOID = 255
 SQUARE = np.ones((3, 3), bool)
@@ -75,9 +77,15 @@ def obvious_boundary_counts(labels, predicted, classes, width):
     """Pad with zeros, erode d times with a 3x3 square, take what was lost (Cheng et al. 2021)."""
     predicted = np.where(labels == VOID, VOID, predicted)
     d = max(1, round(width * math.hypot(*labels.shape)))
+    blank = labels != VOID
+    void = np.full(labels.shape, 10**6) if blank.all() else ndimage.distance_transform_cdt(blank, "chessboard")
     counts = []
     for k in range(classes):
-        true, drawn = (mask & ~ndimage.binary_erosion(np.pad(mask, 1), SQUARE, d)[1:-1, 1:-1] for mask in (labels == k, predicted == k))
+        bands = []
+        for mask in (labels == k, predicted == k):
+            lost = mask & ~ndimage.binary_erosion(np.pad(mask, 1), SQUARE, d)[1:-1, 1:-1]
+            bands.append(lost & (ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1] < void))
+        true, drawn = bands
         counts.append([(true & drawn).sum(), true.sum(), drawn.sum()])
     return np.array(counts)
 
@@ -94,6 +102,21 @@ def test_boundary_iou_equals_repeated_erosion_of_each_class(width):
         expected = total[:, 0] / (total[:, 1] + total[:, 2] - total[:, 0])
     np.testing.assert_allclose(score.per_class, expected)
     assert score.mean() == pytest.approx(np.nanmean(expected))
+
+
+def test_a_single_colour_gets_no_credit_for_the_edges_of_void():
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:, 20:], labels[:, 19:22] = 1, VOID
+    for score in (BoundaryIoU(2, 0.05), BoundaryF(2), SurfaceDistance(2)):
+        score.update(labels[3:-3, 3:-3], np.zeros((34, 34), np.uint8))
+        if isinstance(score, BoundaryIoU):
+            along_void = score.images.total[0, 0]
+            score.update(np.zeros((34, 34), np.uint8), np.zeros((34, 34), np.uint8))
+            assert along_void < score.images.total[0, 0] - along_void, "the border of the image alone"
+        elif isinstance(score, BoundaryF):
+            assert score.images.total.sum() == 0
+        else:
+            assert score.missed[1] == 1
 
 
 def test_a_shift_by_one_pixel_costs_little_iou_and_much_boundary_iou():

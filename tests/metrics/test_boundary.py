@@ -15,11 +15,12 @@ VOID = 255
 
 
 def contour(labels, k):
-    """Pixels whose 2x2 block (clipped at the border) holds class k and something else."""
+    """Pixels whose 2x2 block (clipped at the border) holds class k and something else that is known."""
     found = []
     for y, x in itertools.product(*map(range, labels.shape)):
-        block = labels[y : y + 2, x : x + 2] == k
-        if block.any() and not block.all():
+        seen = labels[y : y + 2, x : x + 2]
+        block = seen == k
+        if block.any() and not block.all() and not (seen == VOID).any():
             found.append((y, x))
     return found
 

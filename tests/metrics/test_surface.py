@@ -14,14 +14,15 @@ from perpixel.metrics.surface import SurfaceDistance
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
-def surface(mask):
-    return mask & ~ndimage.binary_erosion(mask, CROSS)  # outside the image counts as not of the class
+def surface(mask, void):
+    """Outside the image counts as not of the class, and void as of it."""
+    return mask & ~ndimage.binary_erosion(mask | void, CROSS)
 
 
 def distances(labels, predicted, k, spacing=(1, 1)):
     """All distances there and all distances back."""
     predicted = np.where(labels == VOID, VOID, predicted)
-    table = cdist(*(np.argwhere(surface(values == k)) * spacing for values in (labels, predicted)))
+    table = cdist(*(np.argwhere(surface(values == k, labels == VOID)) * spacing for values in (labels, predicted)))
     return table.min(1), table.min(0)
 
 
@@ -46,7 +47,7 @@ def test_the_hundredth_percentile_is_scikit_images_hausdorff_distance():
     predicted = np.where(labels == VOID, VOID, predicted)
     score = SurfaceDistance(4, percentile=100)
     score.update(labels, predicted)
-    expected = [hausdorff_distance(surface(labels == k), surface(predicted == k)) for k in range(3)]
+    expected = [hausdorff_distance(surface(labels == k, labels == VOID), surface(predicted == k, labels == VOID)) for k in range(3)]
     np.testing.assert_allclose(score.hausdorff[:3], expected)
 
 

@@ -88,7 +88,7 @@ class BoundaryIoU:
 
     The band of a class has its pixels within d steps (a king's) of a pixel that is not of the class, or of the outside of the image;
     d = max(1, round(`width` x diagonal)). Sizes of intersection and bands are summed over the set. A pixel without truth is void in both
-    (`labelled_pair`), and void is not of the class.
+    (`labelled_pair`); where void is what is nearest, there is no band, as the two would agree there by themselves.
 
     `images` keeps (K, 3) counts per image: pixels in both bands, in the true and in the predicted one.
     """
@@ -107,7 +107,9 @@ class BoundaryIoU:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
         truth, guess = labelled_pair(labels, predicted, self.classes, ignore)
         d = max(1, round(self.width * math.hypot(*truth.shape)))
-        true, drawn = (np.where(steps_to_change(values, d, border=True) <= d, values, VOID) for values in (truth, guess))
+        void = steps_to_change((truth == VOID).astype(np.int32), d, border=False)
+        near = [steps_to_change(values, d, border=True) for values in (truth, guess)]
+        true, drawn = (np.where((steps <= d) & (steps < void), values, VOID) for steps, values in zip(near, (truth, guess), strict=True))
         self.images.add(_band_counts(true, drawn, self.classes), name)
 
     def merge(self, other: "BoundaryIoU") -> None:

@@ -89,11 +89,11 @@ class SurfaceDistance:
 
 def _surfaces(labels: np.ndarray, spacing: tuple[float, ...]) -> dict[int, np.ndarray]:
     """Class -> (n, 2) places of its surface pixels, for the classes that occur."""
-    framed = np.pad(labels, 1, constant_values=VOID)
+    framed = np.pad(labels, 1, constant_values=VOID - 1)  # the border of the image is surface, the edge of void is not
     inner = framed[1:-1, 1:-1]
     edge = np.zeros(labels.shape, bool)
     for neighbour in (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]):
-        edge |= neighbour != inner
+        edge |= (neighbour != inner) & (neighbour != VOID)
     edge &= inner != VOID
     rows, columns = np.nonzero(edge)
     found = labels[rows, columns]

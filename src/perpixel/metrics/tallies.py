@@ -6,7 +6,7 @@ pixels matched one to one give the BF score. Tallies add, so a set is the sum of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -70,6 +70,26 @@ def without_missed(tally: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(missed[..., None], 0, tally)
 
 
+def of_resamples(score: Callable[..., np.ndarray], sums: np.ndarray, whole: np.ndarray, absent: str) -> np.ndarray:
+    """A mean over classes, such as `miou`, of resampled sets (R, K, 3), over the classes that the `whole` one (K, 3) is scored by.
+
+    Under "union" a class that is predicted but in no truth is 0 in every resample, whether or not it drew the prediction. Under "zero" the
+    mean over a resample's classes is scaled by the share of classes that the whole holds.
+    """
+    sums = without_missed(sums, whole)
+    if absent == "zero":
+        return score(sums, "truth") * (whole[:, 1] > 0).mean()
+    if absent == "union":
+        stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
+        sums = np.where(stray[:, None] & (np.arange(3) == 2), np.maximum(sums, 1), sums)
+    return score(sums, absent)
+
+
+def holding(table: np.ndarray) -> np.ndarray:
+    """(K,): in how many images (N, K, 3) the truth has a class; what an interval of its score rests on."""
+    return (table[..., 1] > 0).sum(0)
+
+
 def pixel_accuracy(tally: np.ndarray) -> np.ndarray:
     """(...): share of the labelled pixels that are right (also called global accuracy)."""
     return _ratio(tally[..., 0].sum(-1), tally[..., 1].sum(-1))
@@ -94,6 +114,9 @@ def fwiou(tally: np.ndarray) -> np.ndarray:
     """(...): IoU weighted by each class's share of the truth, so that no rule for absent classes is needed."""
     truth = tally[..., 1]
     return _ratio(np.where(truth > 0, truth * iou(tally), 0.0).sum(-1), truth.sum(-1))
+
+
+MEANS = {"mean_accuracy": mean_accuracy, "miou": miou, "mean_dice": mean_dice}  # over classes, by a rule for absent ones
 
 
 def scores(tally: np.ndarray, absent: str = "union") -> dict[str, np.ndarray]:

@@ -32,11 +32,12 @@ class Warping:
         self.reach = reach
         self.counts = np.zeros(3, np.int64)
 
-    def update(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray) -> None:
-        """Add one image: (H, W) each, 0 and anything else."""
+    def update(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, known: np.ndarray | None = None) -> None:
+        """Add one image: (H, W) each, 0 and anything else; only pixels that are `known` (bool) count, None: all."""
         warped = warp(truth, predicted, self.connectivity, self.reach)
         true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
-        self.counts += np.array([true.size, (true != guess).sum(), (warped != guess).sum()], np.int64)
+        counts = np.ones(true.shape, bool) if known is None else known
+        self.counts += np.array([counts.sum(), (counts & (true != guess)).sum(), (counts & (warped != guess)).sum()], np.int64)
 
     def merge(self, other: "Warping") -> None:
         """Add the counts of another one with the same settings."""

@@ -5,6 +5,7 @@ Text stays text (the reader's font, searchable), and names are never read as mat
 
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -161,5 +162,7 @@ def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     body = text.getvalue()
     body = body[body.index("<svg") :].replace(INK, "currentColor")
+    own = f"f{zlib.crc32(text.getvalue().encode()):08x}-"  # ids are unique in the page
+    body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}", body)
     body = re.sub(r' xmlns(:xlink)?="[^"]*"| width="[^"]*pt"| height="[^"]*pt"', "", body, count=4)  # within HTML all three are needless
     return body.replace("<svg", f'<svg role="img" aria-label="{escape(title)}" style="max-width:{size[0] * 96:.0f}px"', 1)

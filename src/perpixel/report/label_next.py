@@ -101,6 +101,9 @@ def propose(
         except ValueError as error:
             damaged.append(str(error))
             continue
+        if not torch.isfinite(logits).all():
+            damaged.append(f"{names[index]}: its scores overflowed")
+            continue
         probability = logits.softmax(0)
         looked.append(index)
         uncertain.append(float(_entropy(probability).mean()))

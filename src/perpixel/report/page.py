@@ -139,10 +139,10 @@ def _headline(content: Content) -> list[dict[str, str]]:
 
 def _sentences(content: Content) -> list[str]:
     """What the numbers come down to, in words."""
-    known = sorted((row["iou"], row["name"]) for row in content.scores["classes"] if row["iou"] is not None)
+    known = sorted((row["iou"], row["name"]) for row in content.scores["classes"] if row["iou"] is not None and row["pixels"])
     words = []
     if len(known) > 1:
-        count = 1 if len(known) < 6 else 3
+        count = 1 if len(known) < 6 else 3  # so that no class is in both
         weak = ", ".join(f"{name} ({percent(iou)})" for iou, name in known[:count])
         strong = ", ".join(f"{name} ({percent(iou)})" for iou, name in reversed(known[-count:]))
         words.append(f"Best in IoU: {strong}. Weakest: {weak}.")

@@ -6,6 +6,7 @@ boundary. Among those, large ones and ones whose confusion is rare elsewhere com
 of the model than of the mask.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,12 @@ class Suspects:
         self._keep(other._regions)
 
     def _keep(self, regions: Sequence[_Region]) -> None:
-        self._regions = sorted([*self._regions, *regions], key=lambda region: -region.weight)[:KEPT]
+        """The heaviest of each pair of classes in turn, so that one weakness of the model does not push out what is rare."""
+        found: dict[tuple[int, int], list[_Region]] = {}
+        for region in sorted([*self._regions, *regions], key=lambda region: -region.weight):
+            found.setdefault((region.truth, region.guess), []).append(region)
+        turns = itertools.zip_longest(*found.values())
+        self._regions = [region for turn in turns for region in turn if region is not None][:KEPT]
 
     @property
     def thresholds(self) -> np.ndarray:
