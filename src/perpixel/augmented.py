@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perpixel.tiling import Kept, Read, Tiler
 
-LINE = 1024  # positions that are resampled at a time
+LINE = 64  # positions that are resampled at a time
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # arXiv:1706.05587, sec. 4.1
 KINDS = ("flips", "rotations", "scales")
 Size = tuple[int, int]

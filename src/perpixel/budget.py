@@ -68,7 +68,7 @@ def parse_bytes(text: str) -> int:
 
 def one_block(size: tuple[int, int]) -> Grid:
     """The whole image as one block."""
-    height, width = (-(-side // 16) * 16 for side in size)
+    height, width = (-(-side // unit) * unit for side in size for unit in [256 if side > 256 else 16])
     return Grid(size, (height, width))
 
 
@@ -80,7 +80,7 @@ def plan(
     overlap: int | Literal["exact"],
     limits: Limits,
     maps: int,
-    refined: bool,
+    copies: float,
 ) -> Plan:
     """Blocks, tile and batch for an image, below the limits; one window is run to see what it takes.
 
@@ -91,7 +91,7 @@ def plan(
         tile, overlap: the bundle's; a smaller tile is taken only where the limits ask for it.
         limits: on memory.
         maps: values written per pixel beside the label (probabilities, entropy).
-        refined: whether a refiner follows, which holds a few copies of the scores.
+        copies: of a block's scores that are held at a time; a refiner, samples and views hold more than 2.
 
     Raises:
         ValueError: if even the smallest tile and block do not fit, saying what they would need.
@@ -103,7 +103,7 @@ def plan(
         room_vram = limits.vram if limits.vram is not None else int(SHARE * _free_vram(model))
         for side in _sides(tiler, source.size):
             grid = one_block(source.size) if side is None else Grid(source.size, side)
-            scores, held = _block_bytes(model, tiler, source, grid, maps, refined)
+            scores, held = _block_bytes(model, tiler, source, grid, maps, copies)
             on_gpu = vram > 0
             ram = base + held + (0 if on_gpu else scores)
             gpu = vram + scores if on_gpu else 0
@@ -131,11 +131,11 @@ def _sides(tiler: Tiler, size: tuple[int, int]) -> list[tuple[int, int] | None]:
     return [None, *sides] if size[0] * size[1] <= WHOLE else sides
 
 
-def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, maps: int, refined: bool) -> tuple[int, int]:
+def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, maps: int, copies: float) -> tuple[int, int]:
     """Bytes of a block's scores with what is computed from them; and of pixels read and outputs that wait for the writer."""
     height, width = (min(side, full) for side, full in zip(grid.block, grid.size, strict=True))
     pixels = height * width
-    scores = pixels * 4 * model.classes * (6 if refined else 2)
+    scores = int(pixels * 4 * model.classes * copies)
     reach = 2 * (tiler.window - tiler.step)
     region = (min(height + reach, grid.size[0])) * min(width + reach, grid.size[1]) * source.bands * 4
     strips = (height + 2 * tiler.window) * grid.size[1] * source.bands * 2 if source.segment[1] >= grid.size[1] else 2**26

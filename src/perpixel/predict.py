@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from perpixel import __version__
 from perpixel.budget import WHOLE, Limits, Plan, one_block
 from perpixel.bundle import digest_of
 from perpixel.data.decoding import read_header
@@ -148,6 +149,7 @@ class _Run:
         bundle = segmenter.bundle
         model = [bundle.card.model_dump_json(), digest_of(bundle.model.state_dict())]
         settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
+        settings.append(__version__)
         self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
         self._plans: dict[tuple[object, ...], Plan] = {}  # of small pictures under limits, by size
 
@@ -247,8 +249,8 @@ class _Run:
         alike = (source.size, source.bands, source.segment)
         if alike not in self._plans or not small:
             try:
-                found = self.segmenter.plan(source, limits, sum(max(layer.bands, 1) for layer in self.layers) - 1)
-                self._plans[alike] = replace(found, seconds=found.seconds * (self.task.samples or 1))
+                maps = sum(max(layer.bands, 1) for layer in self.layers) - 1
+                self._plans[alike] = self.segmenter.plan(source, limits, maps, self.task.samples)
             except ValueError as error:
                 raise _HopelessError(str(error)) from error
         return self._plans[alike]
@@ -293,8 +295,11 @@ class _Run:
         if not mosaic.complete():
             if self.task.shard[1] == 1:
                 raise _HopelessError(f"{picture}: parts in {mosaic.folder} were removed while it was predicted; run the command again")
-            self.result.shared += 1
             source.close()
+            if targets["labels"].exists() and not mosaic.folder.exists():  # another process was first
+                self.result.written.append(targets["labels"])
+            else:
+                self.result.shared += 1
             return
         try:
             for name, path in targets.items():

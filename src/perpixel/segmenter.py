@@ -87,11 +87,13 @@ class Segmenter:
             yield region.block, region.known, scores
         source.close()
 
-    def plan(self, source: Source, limits: Limits, maps: int = 0) -> Plan:
+    def plan(self, source: Source, limits: Limits, maps: int = 0, samples: int | None = None) -> Plan:
         """Blocks, tiles and batch for an image; see `perpixel.budget.plan`."""
-        card = self.bundle.card
-        once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, self.refiner is not None)
-        return replace(once, seconds=once.seconds * sum(view.scale**2 for view in self.views))
+        card, scales = self.bundle.card, [view.scale**2 for view in self.views]
+        # A refiner works on copies; of views the sum is held, and the scores of one before and after they are resized.
+        copies = 2 + 4 * (self.refiner is not None) + (1 + 2 * max(scales) if len(scales) > 1 else 0) + 5 * (samples is not None)
+        once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, copies)
+        return replace(once, seconds=once.seconds * sum(scales) * (samples or 1))
 
     def streamer(self, source: Source, name: str, grid: Grid | None = None, tiler: Tiler | None = None, refined: bool = True) -> Streamer:
         """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""

@@ -108,7 +108,8 @@ class _Lattice:
 class Kept:
     """What windows over the border of a block say of the blocks to the right and below, so that these need not run them again.
 
-    Blocks of one image are expected row by row; in another order, or beyond `limit` bytes, windows are run again and nothing changes.
+    Blocks of one image are expected row by row; in another order, or where those below would take more than `limit` bytes, windows are run
+    again and nothing changes. What the next block to the right needs is always kept, until it is passed.
     """
 
     def __init__(self, limit: int = 2**27) -> None:
@@ -126,19 +127,29 @@ class Kept:
 
     def put(self, row: _Cut, column: _Cut, logits: Tensor, top: int, left: int, height: int, width: int) -> None:
         """Keep what the window's logits say beyond the block."""
-        self._drop_before(top)
-        for down, right in ((row, _clipped(column, left + width, column.last)), (_clipped(row, top + height, row.last), column)):
+        self._drop_passed(top, left, height)
+        beside, below = (row, _clipped(column, left + width, column.last)), (_clipped(row, top + height, row.last), column)
+        for down, right in (beside, below):
             if down.first >= down.last or right.first >= right.last:
                 continue
             part = logits[:, down.first - row.start : down.last - row.start, right.first - column.start : right.last - column.start]
-            if self._bytes + part.nbytes <= self.limit:
+            if right is beside[1] or self._bytes + part.nbytes <= self.limit:
                 self._parts.setdefault((row.start, column.start), []).append((down, right, part.clone()))
                 self._bytes += part.nbytes
 
-    def _drop_before(self, top: int) -> None:
-        """What ends above the block in hand."""
-        for key in [key for key, parts in self._parts.items() if all(down.last <= top for down, _, _ in parts)]:
-            self._bytes -= sum(part.nbytes for _, _, part in self._parts.pop(key))
+    def _drop_passed(self, top: int, left: int, height: int) -> None:
+        """What ends above the block in hand, or to the left of it in its own row of blocks."""
+        for key, parts in list(self._parts.items()):
+            kept = [
+                (down, right, part)
+                for down, right, part in parts
+                if not (down.last <= top or (right.last <= left and down.first < top + height))
+            ]
+            if len(kept) < len(parts):
+                self._bytes -= sum(part.nbytes for _, _, part in parts) - sum(part.nbytes for _, _, part in kept)
+                self._parts[key] = kept
+                if not kept:
+                    del self._parts[key]
 
 
 class Tiler:

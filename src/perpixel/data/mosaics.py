@@ -159,8 +159,11 @@ class Mosaic:
         return out if layer.bands else out[0]
 
     def remove(self) -> None:
-        """The parts, when the output is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The parts, when the output is there: all at once, so that who joins them too finds all or none."""
+        away = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(6)}")
+        with contextlib.suppress(OSError):
+            os.rename(self.folder, away)
+        shutil.rmtree(away, ignore_errors=True)
 
     def _tiles(self, array: np.ndarray) -> Iterator[bytes]:
         side = self.grid.tile

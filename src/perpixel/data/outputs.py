@@ -90,6 +90,8 @@ def _write_tiff(path: Path, mosaic: Mosaic, name: str, legend: Legend, place: Pl
             colormap = np.zeros((3, 256), np.uint16)
             colormap[:, 255] = np.array(VOID_COLOR) * 257
             colormap[:, : len(legend.colors)] = np.asarray(legend.colors, np.uint16).reshape(-1, 3).T * 257
+    else:
+        extra.append((NODATA_TAG, 2, 0, "nan", True))
     with replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
