@@ -138,7 +138,16 @@ def test_resamples_that_miss_a_class_do_not_tilt_the_difference(tmp_path, absent
 def test_a_stray_pixel_of_a_class_that_no_image_holds_costs_a_class_by_the_rule_of_the_union_only(tmp_path):
     runs = two_that_differ_in_a_stray_pixel(tmp_path, 0)
     assert compare(runs)[0].differences["miou"].value > -0.02
-    assert compare(runs, "union")[0].differences["miou"].value < -0.3
+    union = compare(runs, "union")[0].differences["miou"]
+    assert union.value < -0.3
+    assert union.below_zero
+
+
+@pytest.mark.parametrize("absent", ["union", "truth", "zero"])
+@pytest.mark.parametrize("rare", [0, 1, 3])
+def test_every_rule_s_difference_lies_within_its_interval(tmp_path, absent, rare):
+    found = compare(two_that_differ_in_a_stray_pixel(tmp_path, rare), absent)[0].differences["miou"]
+    assert found.low <= found.value <= found.high
 
 
 def test_several_runs_are_each_compared_with_the_first(file):

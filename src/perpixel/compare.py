@@ -191,20 +191,13 @@ def _measures(
     one: RunScores, two: RunScores, absent: str
 ) -> list[tuple[str, Callable[[np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]]:
     """Name, score of summed counts, and the tables of both runs."""
-    region, whole = (one.region, two.region), one.region.sum(0)  # the truth of both is the same
-    scores: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "miou": partial(tallies.miou, absent=absent),
-        "pixel_accuracy": tallies.pixel_accuracy,
-        "mean_accuracy": partial(tallies.mean_accuracy, absent=absent),
-        "fwiou": tallies.fwiou,
-        "mean_dice": partial(tallies.mean_dice, absent=absent),
-        "iou": tallies.iou,
-    }
-
-    def on_resamples(score: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda sums: score(tallies.without_missed(sums, whole))
-
-    found = [(name, on_resamples(score), region) for name, score in scores.items()]
+    whole = one.region.sum(0)  # the truth of both is the same
+    region = (one.region, two.region) if absent != "union" else (_with_stray(one.region), _with_stray(two.region))
+    scores: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixel_accuracy": tallies.pixel_accuracy, "fwiou": tallies.fwiou}
+    for name, mean in tallies.MEANS.items():
+        scores[name] = partial(_mean_of_resamples, mean, whole, absent)
+    scores["iou"] = lambda sums: tallies.iou(tallies.without_missed(sums, whole))
+    found = [(name, scores[name], region) for name in ("miou", "pixel_accuracy", "mean_accuracy", "fwiou", "mean_dice", "iou")]
     if one.contours is not None and two.contours is not None:
         per_image = [tallies.class_mean(tallies.dice(table), table) for table in (one.contours, two.contours)]
         # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.
@@ -212,6 +205,19 @@ def _measures(
     if not np.isinf([one.losses, two.losses]).any():
         found.append(("cost", value_mean, (values_table(one.losses), values_table(two.losses))))
     return found
+
+
+def _mean_of_resamples(mean: Callable[..., np.ndarray], whole: np.ndarray, absent: str, sums: np.ndarray) -> np.ndarray:
+    if absent == "zero":
+        return tallies.of_resamples(mean, sums, whole, absent)
+    return mean(tallies.without_missed(sums, whole), absent)
+
+
+def _with_stray(region: np.ndarray) -> np.ndarray:
+    """Classes that a run predicts and no truth has are predicted in every image, so that they are 0 in every resample."""
+    whole = region.sum(0)
+    stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
+    return np.where(stray[:, None] & (np.arange(3) == 2), np.maximum(region, 1), region)
 
 
 def _in_both(

@@ -9,20 +9,20 @@ from scipy.spatial.distance import cdist
 from skimage.metrics import hausdorff_distance
 from test_bands import VOID, pair
 
+from perpixel.metrics.pairs import filled, labelled_pair
 from perpixel.metrics.surface import SurfaceDistance
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
-def surface(mask, void):
-    """Outside the image counts as not of the class, and void as of it."""
-    return mask & ~ndimage.binary_erosion(mask | void, CROSS)
+def surface(mask):
+    return mask & ~ndimage.binary_erosion(mask, CROSS)  # outside the image counts as not of the class
 
 
 def distances(labels, predicted, k, spacing=(1, 1)):
     """All distances there and all distances back."""
-    predicted = np.where(labels == VOID, VOID, predicted)
-    table = cdist(*(np.argwhere(surface(values == k, labels == VOID)) * spacing for values in (labels, predicted)))
+    labels, predicted = filled(*labelled_pair(labels, predicted, 4))
+    table = cdist(*(np.argwhere(surface(values == k)) * spacing for values in (labels, predicted)))
     return table.min(1), table.min(0)
 
 
@@ -44,10 +44,10 @@ def test_both_distances_equal_those_over_all_pairs_of_surface_pixels(spacing):
 
 def test_the_hundredth_percentile_is_scikit_images_hausdorff_distance():
     labels, predicted = pair(4)
-    predicted = np.where(labels == VOID, VOID, predicted)
     score = SurfaceDistance(4, percentile=100)
     score.update(labels, predicted)
-    expected = [hausdorff_distance(surface(labels == k, labels == VOID), surface(predicted == k, labels == VOID)) for k in range(3)]
+    labels, predicted = filled(*labelled_pair(labels, predicted, 4))
+    expected = [hausdorff_distance(surface(labels == k), surface(predicted == k)) for k in range(3)]
     np.testing.assert_allclose(score.hausdorff[:3], expected)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from perpixel.metrics.pairs import VOID, labelled_pair
+from perpixel.metrics.pairs import VOID, filled, labelled_pair
 from perpixel.metrics.tallies import PerImage, class_mean, iou, pixel_accuracy
 
 AROUND = ("changes", "void")
@@ -87,8 +87,8 @@ class BoundaryIoU:
     """Streaming Boundary IoU of K classes: IoU of the inner bands of truth and prediction.
 
     The band of a class has its pixels within d steps (a king's) of a pixel that is not of the class, or of the outside of the image;
-    d = max(1, round(`width` x diagonal)). Sizes of intersection and bands are summed over the set. A pixel without truth is void in both
-    (`labelled_pair`); where void is what is nearest, there is no band, as the two would agree there by themselves.
+    d = max(1, round(`width` x diagonal)). Sizes of intersection and bands are summed over the set. A pixel without truth does not
+    count; for the bands of others it is what the nearest pixel with truth is, in each of the two (`pairs.filled`).
 
     `images` keeps (K, 3) counts per image: pixels in both bands, in the true and in the predicted one.
     """
@@ -107,9 +107,8 @@ class BoundaryIoU:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
         truth, guess = labelled_pair(labels, predicted, self.classes, ignore)
         d = max(1, round(self.width * math.hypot(*truth.shape)))
-        void = steps_to_change((truth == VOID).astype(np.int32), d, border=False)
-        near = [steps_to_change(values, d, border=True) for values in (truth, guess)]
-        true, drawn = (np.where((steps <= d) & (steps < void), values, VOID) for steps, values in zip(near, (truth, guess), strict=True))
+        known = truth != VOID
+        true, drawn = (np.where(known & (steps_to_change(values, d, border=True) <= d), values, VOID) for values in filled(truth, guess))
         self.images.add(_band_counts(true, drawn, self.classes), name)
 
     def merge(self, other: "BoundaryIoU") -> None:

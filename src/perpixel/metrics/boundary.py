@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from perpixel.metrics.pairs import VOID, labelled_pair
+from perpixel.metrics.pairs import VOID, filled, labelled_pair
 from perpixel.metrics.tallies import PerImage, dice
 
 TOLERANCE = 0.0075  # of the image's diagonal: Badrinarayanan et al. 2017, section 4.1
@@ -24,7 +24,7 @@ class BoundaryF:
     is no contour. Contour pixels of truth and prediction are matched one to one, as many as can be, each at most `tolerance` times the
     image's diagonal apart. Precision is matched / predicted, recall matched / true, and F1 = 2 matched / (predicted + true). The score of
     an image is the mean of F1 over the classes with a contour in truth or prediction (0 where only one has it); that of the set is the
-    mean over the images with any contour. A pixel without truth is void in both (`labelled_pair`), and blocks with void have no contour.
+    mean over the images with any contour. A pixel without truth is in both what the nearest pixel with truth is (`pairs.filled`).
 
     `images` keeps (K, 3) counts per image: matched, true and predicted contour pixels.
 
@@ -44,7 +44,7 @@ class BoundaryF:
 
     def update(self, labels: Tensor | np.ndarray, predicted: Tensor | np.ndarray, ignore: int = 255, name: str = "") -> None:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
-        truth, guess = labelled_pair(labels, predicted, self.classes, ignore)
+        truth, guess = filled(*labelled_pair(labels, predicted, self.classes, ignore))
         self.images.add(matched_contours(truth, guess, self.classes, self.tolerance * math.hypot(*truth.shape)), name)
 
     def merge(self, other: "BoundaryF") -> None:
@@ -117,13 +117,11 @@ def _contour_pixels(labels):  # type: ignore[no-untyped-def]
             block[0], block[1], block[2], block[3] = labels[y, x], labels[y, right], labels[below, x], labels[below, right]
             if block[0] == block[1] and block[0] == block[2] and block[0] == block[3]:
                 continue
-            if block[0] == VOID or block[1] == VOID or block[2] == VOID or block[3] == VOID:
-                continue  # the edge of void is in both maps, and would match by itself
             if size + 4 > len(found):
                 found = np.concatenate((found, np.empty_like(found)))
                 places = np.concatenate((places, np.empty_like(places)))
             for number in range(4):
-                seen = False
+                seen = block[number] == VOID
                 for earlier in range(number):
                     seen |= block[earlier] == block[number]
                 if not seen:

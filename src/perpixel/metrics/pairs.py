@@ -1,6 +1,7 @@
 """A truth and a prediction, checked, with one value for void in both."""
 
 import numpy as np
+from scipy import ndimage
 from torch import Tensor
 
 VOID = -1
@@ -43,6 +44,18 @@ def labelled_pair(
                 f"{name}: {wrong.sum()} pixels have a value that is not one of the {classes} classes 0..{classes - 1} ({found})"
             )
     return np.where(known, truth.astype(np.int32), VOID), np.where(known, guess.astype(np.int32), VOID)
+
+
+def filled(truth: np.ndarray, guess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both maps with void as the nearest known pixel has it, each its own, for scores of shape.
+
+    As it stands void's edge would be in both maps and match by itself; without that edge an object that void surrounds would have none.
+    """
+    void = truth == VOID
+    if not void.any() or void.all():
+        return truth, guess
+    rows, columns = ndimage.distance_transform_edt(void, return_distances=False, return_indices=True)
+    return truth[rows, columns], guess[rows, columns]
 
 
 def integer_map(values: Tensor | np.ndarray, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from perpixel.metrics.pairs import VOID, labelled_pair
+from perpixel.metrics.pairs import VOID, filled, labelled_pair
 
 
 class SurfaceDistance:
@@ -45,7 +45,7 @@ class SurfaceDistance:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
         truth, guess = labelled_pair(labels, predicted, self.classes, ignore)
         row = np.full((self.classes, 2), np.nan)
-        true, drawn = (_surfaces(values, self.spacing) for values in (truth, guess))
+        true, drawn = (_surfaces(values, self.spacing) for values in filled(truth, guess))
         for k in true.keys() | drawn.keys():
             if k not in drawn:
                 self.missed[k] += 1
@@ -89,11 +89,11 @@ class SurfaceDistance:
 
 def _surfaces(labels: np.ndarray, spacing: tuple[float, ...]) -> dict[int, np.ndarray]:
     """Class -> (n, 2) places of its surface pixels, for the classes that occur."""
-    framed = np.pad(labels, 1, constant_values=VOID - 1)  # the border of the image is surface, the edge of void is not
+    framed = np.pad(labels, 1, constant_values=VOID)
     inner = framed[1:-1, 1:-1]
     edge = np.zeros(labels.shape, bool)
     for neighbour in (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]):
-        edge |= (neighbour != inner) & (neighbour != VOID)
+        edge |= neighbour != inner
     edge &= inner != VOID
     rows, columns = np.nonzero(edge)
     found = labels[rows, columns]

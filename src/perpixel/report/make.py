@@ -153,7 +153,7 @@ def write_report(
     )
     page = render_page(content)
     with replacing(report) as temporary:
-        temporary.write_text(page, "utf-8")
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a file's name may hold bytes that are no text
 
 
 def _looked_at(count: int, limit: int, unread: int) -> str:

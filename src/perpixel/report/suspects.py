@@ -80,9 +80,10 @@ class Suspects:
         self._keep(other._regions)
 
     def _keep(self, regions: Sequence[_Region]) -> None:
-        """The heaviest of each pair of classes in turn, so that one weakness of the model does not push out what is rare."""
+        """The heaviest of each pair of classes in turn, sure ones first, so that one weakness of the model does not push out the rare."""
         found: dict[tuple[int, int], list[_Region]] = {}
-        for region in sorted([*self._regions, *regions], key=lambda region: -region.weight):
+        sure = self.thresholds - 1e-6
+        for region in sorted([*self._regions, *regions], key=lambda region: (region.confidence < sure[region.guess], -region.weight)):
             found.setdefault((region.truth, region.guess), []).append(region)
         turns = itertools.zip_longest(*found.values())
         self._regions = [region for turn in turns for region in turn if region is not None][:KEPT]
