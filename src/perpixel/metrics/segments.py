@@ -65,8 +65,8 @@ class Segments:
     borders of truth and prediction first, which is the caller's matter). Each image's shares are those of its own pixels, and the set is
     scored by the mean of its images, as the challenge scores its sections. NaN where an image has no true segment.
 
-    The Rand error of the 2012 board (U-Net's figure) is `rand_error`: 1 - F of pairs of different pixels; it is scikit-image's
-    adapted Rand error, and differs from 1 - V_rand by O(1/pixels).
+    `rand_error` is 1 - F of pairs of different pixels, scikit-image's adapted Rand error; it differs from 1 - V_rand by O(1/pixels). The
+    board of 2012 (U-Net's figure) leaves pixels out that are predicted to be 0, so that thick membranes cost less there.
     """
 
     def __init__(self) -> None:
