@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perpixel.models.depthwise import DepthwiseConv2d
 from perpixel.models.encoders import DilationError, EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.layers import ImageMean, initialise, resize_logits
 from perpixel.models.model import Features
@@ -46,7 +47,7 @@ def separable_convolution(channels_in: int, channels_out: int, rate: int = 1) ->
 
     Source: Chen et al. 2018, arXiv:1802.02611, section 3.1, without a norm between the two.
     """
-    single = nn.Conv2d(channels_in, channels_in, 3, padding=rate, dilation=rate, groups=channels_in, bias=False)
+    single = DepthwiseConv2d(channels_in, channels_in, 3, padding=rate, dilation=rate, groups=channels_in, bias=False)
     return nn.Sequential(single, nn.Conv2d(channels_in, channels_out, 1, bias=False))
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from perpixel.models.depthwise import with_safe_gradients
 from perpixel.models.layers import double_convolution
 from perpixel.models.model import Features
 
@@ -76,7 +77,7 @@ class TimmEncoder(nn.Module):
     def __init__(self, name: str, in_channels: int, output_stride: int | None = None) -> None:
         super().__init__()
         self.name = name
-        self.network = _create(name, in_channels, output_stride)
+        self.network = with_safe_gradients(_create(name, in_channels, output_stride))
         info = self.network.feature_info
         self.channels: list[int] = list(info.channels())  # type: ignore[union-attr, operator]
         self.strides: list[int] = list(info.reduction())  # type: ignore[union-attr, operator]
