@@ -53,6 +53,7 @@ class OptionsSection(Section):
     modules: str | None = None
     blocks: int | None = None
     multi_grid: list[int] | None = None
+    rates: list[int] | None = None
     learn_upsampling: bool | None = None
 
 

@@ -188,3 +188,19 @@ def test_torchvision_s_layout_has_torchvision_s_parameters(depth, count):
         assert sum(p.numel() for p in deeplab_v3_torchvision(21, depth=depth).parameters()) == count
         theirs = getattr(torchvision.models.segmentation, f"deeplabv3_resnet{depth}")(weights=None, weights_backbone=None, aux_loss=True)
         import_weights(deeplab_v3_torchvision(21, depth=depth), theirs.state_dict(), "torchvision")  # every key has its place
+
+
+@pytest.mark.parametrize("name", ["deeplab_v2", "deeplab_v3"])
+def test_rates_choose_how_many_branches_a_pyramid_has_and_how_far_apart_their_taps_lie(name):
+    """v3 has a 1x1 branch besides; at output stride 16 the published rates are 3, 6, 9, 12 (v2, halved) and 6, 12, 18 (v3)."""
+
+    def dilations(rates):
+        model = build(name, 3, encoder="resnet18", output_stride=16, rates=rates)
+        return [layer.dilation[0] for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+
+    assert dilations([5]) == [5]
+    assert dilations([1, 7]) == [1, 7]
+    assert dilations(None) == ([3, 6, 9, 12] if name == "deeplab_v2" else [6, 12, 18])
+    for wrong in ([], [6, 0]):
+        with pytest.raises(ValueError, match="rates are"):
+            build(name, 3, encoder="resnet18", rates=wrong)

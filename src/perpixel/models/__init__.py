@@ -90,6 +90,7 @@ def build(
     modules: str | None = None,
     blocks: int | None = None,
     multi_grid: Sequence[int] | None = None,
+    rates: Sequence[int] | None = None,
     learn_upsampling: bool | None = None,
 ) -> SegmentationModel:
     """A model by its name in `MODELS`. Options left at None take the model's own default.
@@ -130,6 +131,7 @@ def build(
         "modules": modules,
         "blocks": blocks,
         "multi_grid": multi_grid,
+        "rates": rates,
         "learn_upsampling": learn_upsampling,
     }
     given = {option: value for option, value in asked.items() if value is not None}

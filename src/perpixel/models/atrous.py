@@ -64,6 +64,15 @@ def zoom(x: Tensor, size: tuple[int, int], precise: bool = False) -> Tensor:
     return functional.interpolate(wide, size=size, mode="bilinear", align_corners=True).to(own)
 
 
+def checked_rates(asked: Sequence[int] | None, published: Sequence[int]) -> Sequence[int]:
+    """The rates asked for, or the published ones; ValueError where they are none or below 1."""
+    if asked is None:
+        return published
+    if not asked or min(asked) < 1:
+        raise ValueError(f"rates are {list(asked)}; give one or more whole numbers of at least 1, such as {list(published)}")
+    return asked
+
+
 class ContextNorm(nn.BatchNorm2d):
     """Batch norm that takes its running statistics, unchanged, where a batch gives it one value a channel: that has no variance."""
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import CellDecoder, CoarselyTrainedDecoder, SummedPyramid, atrous_encoder, small_scores, summed, zoom
+from perpixel.models.atrous import (
+    CellDecoder,
+    CoarselyTrainedDecoder,
+    SummedPyramid,
+    atrous_encoder,
+    checked_rates,
+    small_scores,
+    summed,
+    zoom,
+)
 from perpixel.models.deeplab_v1 import GEOMETRY, AtrousClassifier, Fc6, caffe_multipliers, load_vgg, vgg_trunk
 from perpixel.models.encoders import EncoderWeights
 from perpixel.models.model import Encoder, Features, SegmentationModel, whole_cells
@@ -164,6 +173,7 @@ def deeplab_v2(
     in_channels: int = 3,
     output_stride: int | None = None,
     dropout: float = 0.0,
+    rates: Sequence[int] | None = None,
 ) -> SegmentationModel:
     """DeepLab v2's pyramid on any encoder: four atrous convolutions to scores, summed; labels every pixel of an image of any size.
 
@@ -175,15 +185,17 @@ def deeplab_v2(
         output_stride: 8 or 16 for encoders that can dilate, 32 for those that end there; None: 16 where possible, else the encoder's own
             (`atrous_encoder`).
         dropout: share of whole maps of the encoder dropped before the pyramid while training.
+        rates: of the atrous convolutions, in pixels of the coarsest map; None: 6, 12, 18 and 24 at output stride 8, as published, and half
+            that at 16: the same field of view in pixels of the image.
 
-    Rates are 6, 12, 18 and 24 at output stride 8, as published, and half that at 16: the same field of view in pixels of the image.
     Unlike the `_paper` net it is trained on its logits at full size.
 
     Raises:
-        ValueError: for an unknown encoder, one that cannot have `output_stride`, and weights that do not belong to it.
+        ValueError: for an unknown encoder, one that cannot have `output_stride`, rates below 1, and weights that do not belong to it.
     """
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
-    pyramid = SummedPyramid(path.channels[-1], classes, [max(8 * rate // stride, 1) for rate in RATES["aspp_l"]])
+    taken = checked_rates(rates, [max(8 * rate // stride, 1) for rate in RATES["aspp_l"]])
+    pyramid = SummedPyramid(path.channels[-1], classes, taken)
     head = nn.Sequential(nn.Dropout2d(dropout), pyramid)
     return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perpixel.models.atrous import AtrousPyramid, CellDecoder, CornerDecoder, atrous_encoder, normalised, small_scores, zoom
+from perpixel.models.atrous import (
+    AtrousPyramid,
+    CellDecoder,
+    CornerDecoder,
+    atrous_encoder,
+    checked_rates,
+    normalised,
+    small_scores,
+    zoom,
+)
 from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.fcn_resnet import FCNHead
@@ -203,6 +212,7 @@ def deeplab_v3(
     width: int = 256,
     image_pooling: bool = True,
     dropout: float = 0.1,
+    rates: Sequence[int] | None = None,
 ) -> SegmentationModel:
     """DeepLab v3's pyramid on any encoder; labels every pixel of an image of any size.
 
@@ -216,16 +226,16 @@ def deeplab_v3(
         width: maps of each branch of the pyramid; 256 in the paper.
         image_pooling: give the pyramid the mean over the image.
         dropout: share of values dropped before the scores while training.
+        rates: of the pyramid, in pixels of the coarsest map; None: 6, 12 and 18 at output stride 16 and above, doubled at 8.
 
-    Rates are 6, 12 and 18 at output stride 16 and above, doubled at 8. While training on a batch of one image, the norm behind the
-    image pooling uses its running statistics (`ContextNorm`).
+    While training on a batch of one image, the norm behind the image pooling uses its running statistics (`ContextNorm`).
 
     Raises:
-        ValueError: for an unknown encoder, one that cannot have `output_stride`, and weights that do not belong to it.
+        ValueError: for an unknown encoder, one that cannot have `output_stride`, rates below 1, and weights that do not belong to it.
     """
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
-    pyramid = AtrousPyramid(path.channels[-1], pyramid_rates(stride), width, image_pooling, dropout)
+    pyramid = AtrousPyramid(path.channels[-1], checked_rates(rates, pyramid_rates(stride)), width, image_pooling, dropout)
     decoder = CellDecoder(_scores_of(pyramid, width, classes))
     return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
 
