@@ -1,5 +1,6 @@
 """Recipes: what may stand in them, and what a mistake gets."""
 
+import re
 from importlib.resources import files
 
 import pytest
@@ -68,6 +69,8 @@ def test_every_shipped_recipe_is_valid_and_states_paper_command_and_expectation(
     text = (files("perpixel") / "recipes" / f"{name}.yaml").read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     assert all(word in head for word in ("arXiv", "Command:", "Expect"))
+    if name.endswith("_paper"):  # the paper's figure, to compare with
+        assert re.search(r"Expect [^.]*\d\.\d", head)
     assert yaml.safe_load(text) == parts
 
 
