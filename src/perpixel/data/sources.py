@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from perpixel.data.decoding import PictureError, explained, is_tiff
+from perpixel.data.decoding import PictureError, explained, is_tiff, lacks_codec
 from perpixel.data.geo import GEO_SUFFIXES, open_raster
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, find_pictures, read_image
 from perpixel.data.tiff_windows import BandPages, TiffSource, ome_slices, tiff_in_parts
@@ -71,6 +71,10 @@ def open_source(picture: Picture) -> Source:
 def open_page(picture: Picture) -> Source:
     """As `open_source`, for pictures whose number is that of a page of the file, as data sets have them."""
     with explained(picture.path, picture.page):
-        if is_tiff(picture.path) and tiff_in_parts(picture):
-            return TiffSource(picture)
+        if is_tiff(picture.path) and tiff_in_parts(picture, small=True):
+            try:
+                return TiffSource(picture, masked=True)
+            except (ImportError, ValueError) as error:
+                if not lacks_codec(error):
+                    raise  # else Pillow may know the compression, or the error says what to install
     return WholeSource(read_image(picture))
