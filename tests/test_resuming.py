@@ -156,7 +156,7 @@ def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monk
 
 def test_a_share_of_ordinary_pictures_does_not_decode_those_of_others(make_bundle, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(predict, "open_source", lambda picture: opened.append(picture.name) or open_source(picture))
+    monkeypatch.setattr(predict, "open_source", lambda picture, bands: opened.append(picture.name) or open_source(picture, bands))
     images = pngs(tmp_path / "in", "abcde")
     predict_files(load(make_bundle(), device="cpu"), [images], tmp_path / "out", Task(shard=(1, 5)))
     assert opened == ["b"]

@@ -112,7 +112,7 @@ def predict_files(
     task = task or Task()
     if task.samples is not None:
         segmenter.refuse_samples()
-    pictures = find_sources(inputs)
+    pictures = find_sources(inputs, segmenter.bundle.card.bands)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
     with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
@@ -172,7 +172,7 @@ class _Run:
         if self._is_of_another_share(number, picture):
             return number, None
         try:
-            return number, open_source(picture)
+            return number, open_source(picture, self.segmenter.bundle.card.bands)
         except ValueError as error:
             return number, error
 

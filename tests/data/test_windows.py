@@ -1,5 +1,7 @@
 """Pictures read window by window: the same pixels as the whole, only what is touched is decoded, and damage is said."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -340,3 +342,50 @@ def test_what_is_no_zarr_picture_is_refused(tmp_path):
     zarr.create_array(tmp_path / "line.zarr", shape=(9,), chunks=(3,), dtype="uint8")
     with pytest.raises(ValueError, match=r"line\.zarr: an array with axes \[\] and shape \(9,\) is not a picture"):
         open_source(Picture(tmp_path / "line.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bands", "count", "place"),  # place in the array of the pixel (3, 4) of the last band of the first picture
+    [
+        ((6, 20, 30), 6, 1, (5, 3, 4)),  # as many as the model has
+        ((6, 20, 30), 1, 6, (0, 3, 4)),  # a stack, as the pages of a TIFF
+        ((3, 20, 30), 1, 3, (0, 3, 4)),
+        ((3, 20, 30), 3, 1, (2, 3, 4)),
+        ((1, 20, 30), 3, 1, (0, 3, 4)),  # one grey band does for three
+        ((20, 30), 3, 1, (3, 4)),
+        ((20, 30, 3), 1, 1, (3, 4, 2)),  # colours are no columns
+        ((20, 30, 6), 6, 1, (3, 4, 5)),
+        ((5, 6, 20, 30), 6, 5, (0, 5, 3, 4)),
+        ((5, 6, 20, 30), 1, 30, (0, 0, 3, 4)),
+        ((5, 20, 30, 3), 3, 5, (0, 3, 4, 2)),
+        ((2, 4, 5, 20, 30), 4, 10, (0, 3, 0, 3, 4)),
+        ((2, 4, 5, 20, 30), 5, 8, (0, 0, 4, 3, 4)),
+        ((6, 20, 30), None, 1, (5, 3, 4)),
+    ],
+)
+def test_axes_without_names_are_read_as_pictures_of_the_model_s_bands(tmp_path, shape, bands, count, place):
+    zarr = pytest.importorskip("zarr")
+    values = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+    zarr.create_array(tmp_path / "a.zarr", shape=shape, chunks=shape, dtype="uint16")[:] = values
+    pictures = find_sources([tmp_path / "a.zarr"], bands)
+    assert len(pictures) == count
+    source = open_source(pictures[0], bands)
+    assert source.size == (20, 30)
+    assert source.read(3, 4, 1, 1).pixels[-1].item() == values[place]
+
+
+@pytest.mark.parametrize("bands", [3, 5])
+def test_where_no_axis_has_the_model_s_bands_the_error_says_how_to_name_them_and_that_helps(tmp_path, bands):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.create_group(tmp_path / "a.zarr")
+    group.create_array("raw", shape=(40, 20, 30), chunks=(1, 20, 30), dtype="uint8")[:] = noise(40, 20, 30)
+    (picture,) = find_sources([tmp_path / "a.zarr"], bands)
+    with pytest.raises(
+        ValueError, match=rf"a\.zarr: the axes .* no names, and its shape \(40, 20, 30\) .* where {bands} bands lie"
+    ) as said:
+        open_source(picture, bands)
+    typed = str(said.value).partition('python -c "')[2].partition('"')[0]
+    subprocess.run([sys.executable, "-c", typed], check=True)
+    pictures = find_sources([tmp_path / "a.zarr"], bands)
+    assert len(pictures) == 40
+    assert np.array_equal(open_source(pictures[7], bands).read(0, 0, 20, 30).pixels[0], noise(40, 20, 30)[7])
