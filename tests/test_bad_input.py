@@ -140,7 +140,7 @@ def damaged_png(path):
 
 
 def damaged_tiff(path):
-    return cut(path.with_suffix(".tif"), encoded(path.with_suffix(".tif"), photograph(0, (64, 64)), photometric="rgb"))
+    return cut(path.with_suffix(".tif"), encoded(path.with_suffix(".tif"), photograph(0, (64, 64)), photometric="rgb", compression="zlib"))
 
 
 def empty(path):
@@ -177,7 +177,6 @@ DAMAGE = {
     damaged_tiff: "cut off",
     empty: "is empty (0 bytes)",
     text: "is not a picture perpixel can read",
-    with_nan: "3 of 2304 values are NaN or infinite",
     bomb: "guards against decompression bombs",
 }
 
@@ -208,6 +207,41 @@ def test_an_image_or_mask_that_cannot_be_read_is_named_by_check_and_scored_witho
         assert str(path) in looked.out
         assert str(path) in scored.out
     assert DAMAGE[harm] in looked.out
+
+
+def test_a_pixel_that_is_nan_spoils_a_file_for_check_and_only_itself_for_predict_and_evaluate(
+    command, make_bundle, check, evaluate, scenes, tmp_path
+):
+    (scenes / "images" / "02.png").unlink()
+    broken = with_nan(scenes / "images" / "02.png")
+    looked, scored = check(), evaluate()
+    assert "02.tif: 3 of 2304 values are NaN or infinite" in looked.out
+    assert (scored.code, "12 images" in scored.out) == (0, True)
+    assert command("predict", make_bundle(), broken, "-o", tmp_path / "out").code == 0
+    assert np.argwhere(np.asarray(Image.open(tmp_path / "out" / "02.png")) == 255).tolist() == [[3, 4]]
+
+
+def test_what_is_left_of_a_tiff_that_was_cut_off_is_labelled_and_scored_and_check_and_strict_refuse_it(
+    command, make_bundle, check, evaluate, scenes, tmp_path
+):
+    (scenes / "images" / "02.png").unlink()
+    broken = scenes / "images" / "02.tif"
+    cut(broken, encoded(broken, photograph(0), photometric="rgb", rowsperstrip=4), 0.75)
+    with tifffile.TiffFile(broken) as tiff:
+        rows = (broken.stat().st_size - tiff.pages[0].dataoffsets[0]) // (SIZE[1] * 3)  # rows lie one behind the other
+    assert 0 < rows < SIZE[0]
+    hole = f"02.tif: rows {rows} to {SIZE[0] - 1}, columns 0 to {SIZE[1] - 1} are damaged (the file is cut off after"
+    looked, scored = check(), evaluate()
+    assert "02.tif[0]: the file is cut off" in looked.out
+    assert (scored.code, "12 images" in scored.out, hole in scored.out) == (2, True, True)
+    said = command("predict", make_bundle(), broken, "-o", tmp_path / "out")
+    assert (said.code, said.out.count("labelled as not known"), hole in said.out) == (2, 1, True)
+    labels = np.asarray(Image.open(tmp_path / "out" / "02.png"))
+    assert (labels[:rows] != 255).all()
+    assert (labels[rows:] == 255).all()
+    said = command("predict", make_bundle(), broken, "-o", tmp_path / "strict", "--strict")
+    assert (said.code, hole in said.err) == (2, True)
+    assert not (tmp_path / "strict" / "02.png").exists()
 
 
 def test_training_goes_on_without_the_damaged_files_and_names_them(train, scenes):

@@ -1,6 +1,9 @@
 """Predictions that are interrupted, repeated with other options, or share a folder: nothing is mixed, lost or forgotten."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +64,97 @@ def interrupted(monkeypatch, what, after, *arguments, **options):
 
 
 PICTURE, JOIN, BLOCK = (predict._Run, "picture"), (predict, "write_layer"), (streaming.Streamer, "scores")
+
+
+DRIVER = '''
+import os, random, signal, sys, time
+from pathlib import Path
+
+import perpixel.budget, perpixel.predict, perpixel.segmenter
+from perpixel.data.mosaics import Journal, Mosaic
+from perpixel.predict import Task, load, predict_files
+from perpixel.streaming import Streamer
+
+for part in (perpixel.budget, perpixel.predict, perpixel.segmenter):
+    part.WHOLE = 0
+perpixel.budget.SIDE = 48
+segmenter, image, out = load(sys.argv[1], device="cpu"), sys.argv[2], Path(sys.argv[3])
+
+
+def predict(tell, stage, number):
+    """In a child: says to which stage it comes, piece by piece; the piece of a short stage in which it is to die waits for that."""
+    met = []
+
+    def come(to):
+        met.append(to)
+        os.write(tell, to[0].encode())
+        if to == stage and met.count(to) == number and to in ("join", "finish"):
+            time.sleep(60)
+
+    def telling(owner, name, stage):
+        own = getattr(owner, name)
+
+        def told(*given):
+            come(stage)
+            return own(*given)
+
+        setattr(owner, name, told)
+
+    telling(Streamer, "region", "read")
+    telling(Streamer, "scores", "network")
+    telling(Mosaic, "put", "write")
+    tiles = Mosaic.encoded
+    Mosaic.encoded = lambda self, name: (come("join") or tile for tile in tiles(self, name))
+    telling(Journal, "settle", "finish")
+    telling(Mosaic, "remove", "finish")
+    predict_files(segmenter, [image], out, Task(format="tif", entropy=True))
+    os._exit(0)
+
+
+random.seed(0)
+stages = ["read", "network", "write"] * 2 + [random.choice(["read", "network", "write"])]
+random.shuffle(stages)
+moments = [(stage, random.randint(1, 9), random.uniform(0, 0.02)) for stage in stages]
+moments += [("join", random.randint(1, 63), 0), ("join", random.randint(64, 126), 0), ("finish", random.randint(1, 2), 0)]
+for stage, number, delay in [*moments, ("end", 1, 0)]:
+    ear, tell = os.pipe()
+    if not (child := os.fork()):
+        predict(tell, stage, number)
+    os.close(tell)
+    heard = ""
+    while heard.count(stage[0]) < number and (more := os.read(ear, 1)):
+        heard += more.decode()
+    time.sleep(delay)
+    if stage != "end":
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    os.close(ear)
+    parts = len(list(out.glob(".perpixel-*/*.parts/[!.]*.labels")))
+    print(stage, os.waitstatus_to_exitcode(status), parts, int((out / "a.tif").exists()))
+'''
+
+
+def test_killed_at_ten_random_moments_the_output_is_that_of_an_uninterrupted_run(make_bundle, tmp_path, monkeypatch, small_blocks):
+    """SIGKILL up to 20 ms after any of the first pieces is read, predicted or written, twice while parts are joined, once after it."""
+    monkeypatch.setattr(budget, "SIDE", 48)
+    bundle, image = make_bundle(tile=64, overlap=16), tiff(tmp_path / "a.tif", 300, 420)
+    predict_files(load(bundle, device="cpu"), [image], tmp_path / "once", Task(format="tif", entropy=True))
+    command = [sys.executable, "-c", DRIVER, str(bundle), str(image), str(tmp_path / "killed")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    stages, ends, parts, there = zip(*(line.split() for line in said.stdout.splitlines()), strict=True)
+    assert ends == (str(-signal.SIGKILL),) * 10 + ("0",)
+    assert set(stages[:7]) == {"read", "network", "write"}
+    assert stages[7:] == ("join", "join", "finish", "end")
+    made = [int(count) for count in parts]
+    assert made[:10] == sorted(made[:10]), "nothing that was written is lost"
+    assert len(set(made[:7])) >= 4, "kills are spread over the blocks"
+    assert made[6] < 63, "of 7 rows of 9 blocks"
+    assert made[7:] == [63, 63, 63, 0]
+    assert there == ("0",) * 9 + ("1", "1")
+    for name in ("a.tif", "entropy/a.tif"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["a.tif", "entropy"]
 
 
 def test_a_picture_of_one_block_is_not_mixed_with_the_blocks_of_a_smaller_limit(make_bundle, tmp_path, monkeypatch):
@@ -156,7 +250,7 @@ def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monk
 
 def test_a_share_of_ordinary_pictures_does_not_decode_those_of_others(make_bundle, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(predict, "open_source", lambda picture: opened.append(picture.name) or open_source(picture))
+    monkeypatch.setattr(predict, "open_source", lambda picture, bands: opened.append(picture.name) or open_source(picture, bands))
     images = pngs(tmp_path / "in", "abcde")
     predict_files(load(make_bundle(), device="cpu"), [images], tmp_path / "out", Task(shard=(1, 5)))
     assert opened == ["b"]

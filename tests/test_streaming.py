@@ -153,48 +153,6 @@ def test_a_geotiff_keeps_its_place_and_pixels_without_data_are_not_labelled(bund
 
 # ---- interrupted, damaged, full
 
-DRIVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import perpixel.budget, perpixel.predict, perpixel.segmenter, perpixel.bundle
-from perpixel.data import sources, outputs
-from perpixel.predict import Task, load, predict_files
-for part in (perpixel.budget, perpixel.predict, perpixel.segmenter):
-    part.WHOLE = 0
-perpixel.budget.SIDE = 96
-bundle, image, out = sys.argv[1:]
-segmenter, kills, parts = load(bundle, device="cpu"), 0, []
-random.seed(0)
-while True:
-    child = os.fork()
-    if not child:
-        predict_files(segmenter, [image], Path(out), Task(format="tif", entropy=True))
-        os._exit(0)
-    if kills < 5:
-        time.sleep(random.uniform(0.05, 0.25))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    parts.append(len(list(Path(out).glob(".perpixel-*/*.parts/*.labels"))))
-    if not os.WIFSIGNALED(status):
-        print(kills, *parts)
-        sys.exit(status)
-    kills += 1
-"""
-
-
-def test_killed_at_random_moments_the_output_is_that_of_an_uninterrupted_run(bundle, image, tmp_path):
-    """SIGKILL, up to five times, each time a random part of a second after the start."""
-    predict_files(load(bundle, device="cpu"), [image], tmp_path / "once", Task(format="tif", entropy=True))
-    command = [sys.executable, "-c", DRIVER, str(bundle), str(image), str(tmp_path / "killed")]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0, said.stderr
-    kills, *parts = map(int, said.stdout.split())
-    assert kills >= 1
-    assert parts[:-1] == sorted(parts[:-1]), "nothing that was written is lost"
-    for name in ("a.tif", "entropy/a.tif"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["a.tif", "entropy"]
-
 
 def test_blocks_that_are_there_are_not_made_again(bundle, image, tmp_path, monkeypatch):
     segmenter, made = load(bundle, device="cpu"), []

@@ -14,7 +14,7 @@ from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap
 from perpixel.data.mosaics import Block
 from perpixel.data.sources import open_page
-from perpixel.data.windows import hole_words
+from perpixel.data.windows import hole_lines
 from perpixel.losses import cross_entropy
 from perpixel.metrics import Confusion
 from perpixel.scores import Boundaries, CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
@@ -76,8 +76,8 @@ class BlockScorer:
                 labels.close()
         finally:
             source.close()
-        if image.damage:
-            self.holes[name] = list(image.damage)
+        if holes := image.holes():
+            self.holes[name] = holes
         return found
 
     def _fits(self, size: tuple[int, int]) -> bool:
@@ -129,7 +129,7 @@ class _Image:
 
     def __init__(self, pair: Pair, streamer: Streamer, labels: LabelSource) -> None:
         self.pair, self.streamer, self._labels = pair, streamer, labels
-        self.damage: dict[str, None] = {}  # in the order met, each once
+        self._damage: tuple[dict[tuple[int, int, int, int], str], ...] = ({}, {})  # of the image, of the mask
         labels.keep(streamer.grid.block[0] + 2 * band_width(labels.size))
 
     def labels_around(self, region: Region, width: int) -> tuple[np.ndarray, tuple[slice, slice]]:
@@ -147,9 +147,13 @@ class _Image:
         if region.known is not None:
             labels = labels.copy()  # it may be a view of the mask
             labels[inside][~region.known] = self._labels.label_map.ignore
-        self.damage |= {hole_words(self.pair.image, where, why): None for where, why in region.damage.items()}
-        self.damage |= {hole_words(self.pair.mask, where, why): None for where, why in read.damage.items()}
+        self._damage[0].update(region.damage)
+        self._damage[1].update(read.damage)
         return labels, inside
+
+    def holes(self) -> list[str]:
+        """What is told of the damaged pieces met so far."""
+        return hole_lines(self.pair.image, self._damage[0]) + hole_lines(self.pair.mask, self._damage[1])
 
     def assembled(self, classes: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (C, H, W) as the model's data were, logits (K, H, W), labels (H, W) int64, of all blocks together."""

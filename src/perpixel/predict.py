@@ -22,7 +22,8 @@ from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import find_sources, open_source
-from perpixel.data.windows import Source, hole_words
+from perpixel.data.tiff_windows import mask_file
+from perpixel.data.windows import Source, hole_lines
 from perpixel.data.writing import write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of
@@ -111,7 +112,7 @@ def predict_files(
     task = task or Task()
     if task.samples is not None:
         segmenter.refuse_samples()
-    pictures = find_sources(inputs)
+    pictures = find_sources(inputs, segmenter.bundle.card.bands)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
     with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
@@ -156,8 +157,8 @@ class _Run:
     def key(self, picture: Picture) -> str:
         """A picture as it is now; one that was replaced since is another."""
         path = picture.path
-        files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path]
-        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path, mask_file(path)]
+        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
         return f"{picture} {states}"
 
     def opened(self, numbered: tuple[int, Picture]) -> tuple[int, Source | ValueError | None]:
@@ -171,7 +172,7 @@ class _Run:
         if self._is_of_another_share(number, picture):
             return number, None
         try:
-            return number, open_source(picture)
+            return number, open_source(picture, self.segmenter.bundle.card.bands)
         except ValueError as error:
             return number, error
 
@@ -214,7 +215,7 @@ class _Run:
             with ahead(map(streamer.region, due), WAITING) as regions:
                 for done, region in enumerate(regions, 1):  # 1 read
                     if task.strict and region.damage:
-                        raise ValueError(hole_words(picture, *next(iter(region.damage.items()))))
+                        raise ValueError(hole_lines(picture, region.damage)[0])
                     arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
                     if alone:
                         write(self._write_whole, picture, source, targets, arrays, region)  # 8 write
@@ -325,7 +326,7 @@ class _Run:
 
     def _finish(self, picture: Picture, source: Source, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
         source.close()
-        holes = [hole_words(picture, where, why) for where, why in damage.items()]
+        holes = hole_lines(picture, damage)
         if holes:
             self.result.holes[str(picture)] = holes
         self.result.written.append(target)

@@ -63,7 +63,7 @@ class Segmenter:
         Raises:
             ValueError: unreadable file, or bands that differ from those the model was trained on.
         """
-        source, name = _opened(image)
+        source, name = _opened(image, self.bundle.card.bands)
         streamer = self.streamer(source, name, one_block(source.size))
         scores = streamer.scores(streamer.region(streamer.grid.blocks[0]))
         source.close()
@@ -81,7 +81,7 @@ class Segmenter:
         Raises:
             ValueError: as `logits`.
         """
-        source, name = _opened(image)
+        source, name = _opened(image, self.bundle.card.bands)
         streamer = self.streamer(source, name, None if limits is None else self.plan(source, limits).grid)
         for region, scores in streamer.blocks(streamer.grid.blocks):
             yield region.block, region.known, scores
@@ -116,7 +116,7 @@ class Segmenter:
             ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
         """
         self.refuse_samples()
-        source, name = _opened(image)
+        source, name = _opened(image, self.bundle.card.bands)
         streamer = self.streamer(source, name, one_block(source.size), refined=False)
         drawn = sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
         source.close()
@@ -139,7 +139,7 @@ class Segmenter:
         """
         if samples is not None:
             return labels_of(self.monte_carlo(image, samples).mean, len(self.classes))
-        source, name = _opened(image)
+        source, name = _opened(image, self.bundle.card.bands)
         streamer = self.streamer(source, name)
         labels = np.empty(source.size, np.uint8 if len(self.classes) <= 255 else np.uint16)
         for region, scores in streamer.blocks(streamer.grid.blocks):
@@ -169,10 +169,10 @@ def sampled(streamer: Streamer, region: Region, samples: int, seed: int = 0) -> 
     return monte_carlo(streamer.bundle.model, anything, samples, seed, lambda _, __: streamer.stitched(region))
 
 
-def _opened(image: np.ndarray | Tensor | Path | str) -> tuple[Source, str]:
+def _opened(image: np.ndarray | Tensor | Path | str, bands: int) -> tuple[Source, str]:
     """A source, and what names it in errors."""
     if isinstance(image, str | Path):
-        return open_source(Picture(Path(image))), str(image)
+        return open_source(Picture(Path(image)), bands), str(image)
     return WholeSource(_as_bands(image)), "image"
 
 

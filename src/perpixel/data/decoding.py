@@ -243,15 +243,21 @@ def _whole(page: Any) -> tifffile.TiffPage:
     return page if isinstance(page, tifffile.TiffPage) else page.aspage()
 
 
-def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None) -> tifffile.TiffPage:
+def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None, partly: bool = False) -> tifffile.TiffPage:
+    """A page whose pixels are all there; with `partly` some may lie beyond the end of a file that was cut off.
+
+    Raises:
+        PictureError: no such page, or the file is cut off.
+    """
     count = len(tiff.pages)
     index = 0 if page is None else page
     if not 0 <= index < count:
         cut = "; the file is cut off" if _is_cut(tiff) else ""
         raise PictureError(f"{path}[{index}]: there is no such page, only 0 to {count - 1}{cut}. Copy or export it again")
     found = _whole(tiff.pages[index])
-    end = max((o + n for o, n in zip(found.dataoffsets, found.databytecounts, strict=False)), default=0)
-    end = max(end, _end_of_tags(tiff, found))
+    end = _end_of_tags(tiff, found)
+    if not partly:
+        end = max(end, *(o + n for o, n in zip(found.dataoffsets, found.databytecounts, strict=False)), 0)
     if end > tiff.filehandle.size:
         size = f"{tiff.filehandle.size:,} bytes long, but its content reaches to byte {end:,}"
         raise PictureError(f"{path}[{index}]: the file is cut off: it is {size}. Copy or export it again, or take it away")
@@ -335,7 +341,7 @@ def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> 
         try:
             pixels = found.asarray()
         except (ValueError, ImportError) as error:
-            if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
+            if not lacks_codec(error):
                 raise
             try:
                 return _uninverted(_tiff_by_pillow(path, found.index, limit), found, as_numbers)
@@ -344,6 +350,11 @@ def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> 
                 way = "pip install 'perpixel[tiff]' adds it"
                 raise PictureError(f"{path}: its compression ({compression}) needs imagecodecs; {way}") from None
         return from_tiff(found, _by_bands(found, pixels, path), as_numbers)
+
+
+def lacks_codec(error: Exception) -> bool:
+    """Whether tifffile says that it would need imagecodecs."""
+    return isinstance(error, ImportError) or "imagecodecs" in str(error)
 
 
 def _by_bands(page: tifffile.TiffPage, pixels: np.ndarray, path: Path) -> np.ndarray:

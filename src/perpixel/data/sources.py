@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from perpixel.data.decoding import PictureError, explained, is_tiff
+from perpixel.data.decoding import PictureError, explained, is_tiff, lacks_codec
 from perpixel.data.geo import GEO_SUFFIXES, open_raster
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, find_pictures, read_image
 from perpixel.data.tiff_windows import BandPages, TiffSource, ome_slices, tiff_in_parts
@@ -11,8 +11,10 @@ from perpixel.data.windows import Source, WholeSource
 from perpixel.data.zarr_windows import ZarrSource, is_zarr, zarr_slices
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Picture]:
+def find_sources(inputs: Sequence[str | Path], bands: int | None = None) -> list[Picture]:
     """As `find_pictures`; also zarr stores and rasters for GDAL, named or in a folder. Each slice of a store or an OME-TIFF is a picture.
+
+    `bands`: of the pictures, where that is known; it tells slices from bands in a zarr array whose axes have no names.
 
     Raises:
         ValueError: as `find_pictures`.
@@ -22,7 +24,7 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Picture]:
         path = Path(given)
         beside = [path] if is_zarr(path) else sorted(filter(_special, path.iterdir())) if path.is_dir() else []
         for special in beside:
-            found += zarr_slices(special) if is_zarr(special) else [Picture(special)]
+            found += zarr_slices(special, bands) if is_zarr(special) else [Picture(special)]
         if not beside or any(_is_ordinary(inside) for inside in path.iterdir() if not is_zarr(path)):
             found += find_pictures([given])
     if not inputs:
@@ -50,15 +52,15 @@ def _with_bands_together(pictures: Iterable[Picture]) -> list[Picture]:
     return list(found)
 
 
-def open_source(picture: Picture) -> Source:
-    """The picture, to be read window by window.
+def open_source(picture: Picture, bands: int | None = None) -> Source:
+    """The picture, to be read window by window. `bands`: as for `find_sources`.
 
     Raises:
         PictureError (a ValueError): as `read_image`. PERPIXEL_MAX_PIXELS limits only what has to be decoded whole.
     """
     path = picture.path
     if is_zarr(path):
-        return ZarrSource(picture)
+        return ZarrSource(picture, bands)
     if path.suffix.lower() in GEO_SUFFIXES:
         return open_raster(picture)
     if (slices := ome_slices(path)) is not None:
@@ -71,6 +73,10 @@ def open_source(picture: Picture) -> Source:
 def open_page(picture: Picture) -> Source:
     """As `open_source`, for pictures whose number is that of a page of the file, as data sets have them."""
     with explained(picture.path, picture.page):
-        if is_tiff(picture.path) and tiff_in_parts(picture):
-            return TiffSource(picture)
+        if is_tiff(picture.path) and tiff_in_parts(picture, small=True):
+            try:
+                return TiffSource(picture, masked=True)
+            except (ImportError, ValueError) as error:
+                if not lacks_codec(error):
+                    raise  # else Pillow may know the compression, or the error says what to install
     return WholeSource(read_image(picture))

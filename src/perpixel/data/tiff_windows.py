@@ -21,16 +21,44 @@ KEPT_BYTES = 2**26  # decoded segments kept for the next window
 JPEG = {6, 7, 33007, 34892}  # TIFF compressions whose segments need the tables of their page
 
 
-def tiff_in_parts(picture: Picture) -> bool:
-    """Whether windows of it can be read, and are worth it: large, tiled or georeferenced, its rows as they lie, its bands as they are."""
+def tiff_in_parts(picture: Picture, small: bool = False) -> bool:
+    """Whether windows of it can be read: its rows as they lie, its bands as they are; and are worth it: large, tiled or georeferenced.
+
+    With `small` a striped one of any size is: what is damaged, masked or NaN in it is then known by pixel. Colours that Pillow converts
+    (YCbCr) stay with Pillow there, as in training: other decoders of JPEG round otherwise.
+    """
     with tifffile.TiffFile(picture.path) as tiff:
-        return _in_parts(tiff_page(tiff, picture.path, picture.page))
+        return _in_parts(tiff_page(tiff, picture.path, picture.page, partly=True), small)
 
 
-def _in_parts(page: tifffile.TiffPage) -> bool:
-    by_pillow = page.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB) and page.compression not in JPEG
-    legal = page.axes in ("YX", "YXS", "SYX") and tiff_orientation(page) == 1 and not by_pillow
-    return legal and (page.is_tiled or page.imagelength * page.imagewidth > SMALL or place_of(page) != NO_PLACE)
+def _in_parts(page: tifffile.TiffPage, small: bool) -> bool:
+    worth = page.is_tiled or page.imagelength * page.imagewidth > SMALL or place_of(page) != NO_PLACE
+    if page.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB):
+        small = False
+        worth = worth and page.compression in JPEG
+    return page.axes in ("YX", "YXS", "SYX") and tiff_orientation(page) == 1 and (worth or small)
+
+
+def mask_of_page(picture: Picture, page: tifffile.TiffPage) -> Picture | None:
+    """The transparency mask of a page: the next one of its size before another picture, else GDAL's file beside (`a.tif.msk`).
+
+    Source: TIFF 6.0, NewSubfileType (bit 2); https://gdal.org/en/stable/drivers/raster/gtiff.html#internal-nodata-masks.
+    """
+    pages = page.parent.pages
+    for number in range(page.index + 1, len(pages)):
+        following = pages[number].aspage()
+        if not (following.is_mask or following.is_reduced):
+            break
+        same_size = (following.imagelength, following.imagewidth) == (page.imagelength, page.imagewidth)
+        if following.is_mask and not following.is_reduced and same_size:
+            return Picture(picture.path, number)
+    beside = mask_file(picture.path)
+    return Picture(beside) if page.index == 0 and beside.is_file() else None
+
+
+def mask_file(path: Path) -> Path:
+    """Where GDAL keeps the mask of a file that holds none."""
+    return path.with_name(path.name + ".msk")
 
 
 def ome_slices(path: Path) -> list[list[int]] | None:
@@ -59,13 +87,21 @@ class TiffSource:
     """A TIFF page whose tiles or strips are decoded as they are needed, by a few threads.
 
     Segments of an ordinary file are kept up to KEPT_BYTES; of a striped one up to what a row of blocks needs (`keep`), so that no strip
-    is decoded anew for each block of the row. Uncompressed rows are read from the file where they lie. `numbers` gives the pixels of a
-    mask: as stored, palette indices and all.
+    is decoded anew for each block of the row. Uncompressed rows are read from the file where they lie. What lies beyond the end of a file
+    that was cut off is damage. `numbers` gives the pixels of a mask: as stored, palette indices and all.
+
+    Args:
+        picture: one that can be read in parts (`tiff_in_parts`).
+        masked: what its transparency mask hides is not known; it then counts instead of alpha and of the number for "no data", as in GDAL.
+
+    Raises:
+        PictureError: nothing of its pixels is there, or a segment is larger than what may be decoded at once.
     """
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: Picture, masked: bool = False) -> None:
         self.picture = picture
-        self.page = page = tiff_page(tifffile.TiffFile(picture.path), picture.path, picture.page)
+        tiff = tifffile.TiffFile(picture.path)
+        self.page = page = tiff_page(tiff, picture.path, picture.page, partly=True)
         header = tiff_header(page, 1)
         self.size, self.bands, self.place = (header.height, header.width), header.bands, place_of(page)
         self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, header.height), header.width)
@@ -73,26 +109,36 @@ class TiffSource:
         self._across = -(-header.width // self.segment[1])
         self._down = -(-header.height // self.segment[0])
         self._kept: OrderedDict[int, np.ndarray | str] = OrderedDict()
-        self._limit, self._lock = KEPT_BYTES, threading.Lock()
-        self._file = picture.path.open("rb")
+        self._limit, self._lock, self._seeking = KEPT_BYTES, threading.Lock(), threading.Lock()
+        self._file, self._end = picture.path.open("rb"), tiff.filehandle.size
         self._tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
         self._raw = _is_raw(page) and not page.is_tiled
         if not self._raw:
             self._refuse_huge_segments()
-            self.read(0, 0, 1, 1)  # a compression nobody here can decode shows now, not as damage of every segment
+        self._refuse_empty()
+        mask = mask_of_page(picture, page) if masked else None
+        self._mask = None if mask is None else TiffSource(mask)
+        if self._mask is not None and self._mask.size != self.size:
+            sizes = f"{self._mask.size[0]}x{self._mask.size[1]} pixels, and the picture {self.size[0]}x{self.size[1]}"
+            raise PictureError(f"{mask}: is the mask of {picture}, but has {sizes}. Write it anew, or take it away")
+        self.read(0, 0, 1, 1)  # a compression nobody here can decode shows now, not as damage of every segment
 
     def keep(self, rows: int) -> None:
         """Windows of `rows` rows come from left to right: their strips are kept."""
         if not self.page.is_tiled:
             row = self.page.imagewidth * self.page.samplesperpixel * np.dtype(self.page.dtype).itemsize
             self._limit = max(KEPT_BYTES, (rows + 2 * self.segment[0]) * row)
+        if self._mask is not None:
+            self._mask.keep(rows)
 
     def close(self) -> None:
         """Close the file, end the threads."""
         self._pool.shutdown()
         self._file.close()
         self.page.parent.close()
+        if self._mask is not None:
+            self._mask.close()
 
     def numbers(self, top: int, left: int, height: int, width: int) -> Window:
         """As `read`, but as `decode(..., as_numbers=True)` gives them: of any number type, and no number stands for "no data"."""
@@ -105,10 +151,13 @@ class TiffSource:
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         """See `Source`."""
         stored, known, damage = self._stored(top, left, height, width)
-        if self.place.tags and (alpha := tiff_alpha(self.page)):  # on a map, what is transparent has no data
-            seen = np.asarray((stored[alpha] > 0).all(0))
-            known = seen if known is None else known & seen
-        known = without_nodata(stored, known, self.place.nodata)
+        if self._mask is not None:
+            mask = self._mask.numbers(top, left, height, width)  # where it is damaged it has zeros
+            known = _both(known, np.any(mask.pixels > 0, axis=0))
+            damage |= {where: f"its mask: {why}" for where, why in mask.damage.items() if where not in damage}
+        elif self.place.tags and (alpha := tiff_alpha(self.page)):  # on a map, what is transparent has no data
+            known = _both(known, np.all(stored[alpha] > 0, axis=0))
+        known = without_nodata(stored, known, self.place.nodata if self._mask is None else None)
         converted = from_tiff(self.page, stored, as_numbers=False)
         pixels = converted.pixels
         if converted.palette is not None:
@@ -152,7 +201,7 @@ class TiffSource:
         part: np.ndarray | str
         try:
             count = self.page.databytecounts[number]
-            data = _read_at(self._file.fileno(), self.page.dataoffsets[number], count) if count else None
+            data = self._bytes(self.page.dataoffsets[number], count) if count else None
             decoded, _, shape = self.page.decode(data, number, _fullsize=True, **self._tables)
             part = np.full(shape[1:], self.page.nodata, self.page.dtype) if decoded is None else decoded[0]
         except (ImportError, MemoryError):
@@ -169,16 +218,52 @@ class TiffSource:
                 total -= 0 if isinstance(dropped, str) else dropped.nbytes
         return part
 
-    def _raw_rows(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, None, dict[Any, str]]:
+    def _raw_rows(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None, dict[Any, str]]:
         samples = 1 if self._planes > 1 else self.page.samplesperpixel
-        dtype, rows_per_strip = np.dtype(self.page.dtype).newbyteorder(self.page.parent.byteorder), self.segment[0]
+        dtype, high = np.dtype(self.page.dtype).newbyteorder(self.page.parent.byteorder), self.segment[0]
         pixel = samples * dtype.itemsize
-        out = np.empty((self._planes, height, width, samples), dtype.newbyteorder("="))
+        out = np.zeros((self._planes, height, width, samples), dtype.newbyteorder("="))
+        known: np.ndarray | None = None
+        damage: dict[Any, str] = {}
         for plane, row in product(range(self._planes), range(height)):
-            strip, inside = divmod(top + row, rows_per_strip)
-            start = self.page.dataoffsets[plane * self._down + strip] + (inside * self.page.imagewidth + left) * pixel
-            out[plane, row] = np.frombuffer(_read_at(self._file.fileno(), start, width * pixel), dtype).reshape(width, samples)
-        return (out[..., 0] if self._planes > 1 else out[0].transpose(2, 0, 1)), None, {}
+            strip, inside = divmod(top + row, high)
+            start = self.page.dataoffsets[plane * self._down + strip]
+            there = (self._end - start) // (self.page.imagewidth * pixel)  # rows of the strip, in a file that may be cut off
+            try:
+                if inside >= there:
+                    raise EOFError(self._cut_off())
+                data = self._bytes(start + (inside * self.page.imagewidth + left) * pixel, width * pixel)
+                out[plane, row] = np.frombuffer(data, dtype).reshape(width, samples)
+            except (OSError, EOFError) as error:  # the rest of the strip is missing, or the disk cannot read a row
+                known = np.ones((height, width), bool) if known is None else known
+                known[row] = False
+                first, end = (strip * high + max(there, 0), (strip + 1) * high) if inside >= there else (top + row, top + row + 1)
+                damage[first, 0, min(end, self.size[0]) - first, self.size[1]] = str(error)
+        return (out[..., 0] if self._planes > 1 else out[0].transpose(2, 0, 1)), known, damage
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        """Bytes of the file, which several threads read; fewer than asked for are damage."""
+        data = b""
+        if hasattr(os, "pread"):
+            while len(data) < count and (more := os.pread(self._file.fileno(), count - len(data), offset + len(data))):
+                data += more
+        else:  # Windows
+            with self._seeking:
+                self._file.seek(offset)
+                data = self._file.read(count)
+        if len(data) < count:
+            raise EOFError(self._cut_off())
+        return data
+
+    def _cut_off(self) -> str:
+        return f"the file is cut off after {self._end:,} bytes"
+
+    def _refuse_empty(self) -> None:
+        """Where a file that was cut off holds no whole row or segment of the picture."""
+        row = self.page.imagewidth * (1 if self._planes > 1 else self.page.samplesperpixel) * np.dtype(self.page.dtype).itemsize
+        segments = [(offset, count) for offset, count in zip(self.page.dataoffsets, self.page.databytecounts, strict=False) if count]
+        if segments and all(offset + (row if self._raw else count) > self._end for offset, count in segments):
+            tiff_page(self.page.parent, self.picture.path, self.picture.page)  # it says what is missing
 
     def _refuse_huge_segments(self) -> None:
         pixels, limit = self.segment[0] * self.segment[1], pixel_limit()
@@ -215,14 +300,10 @@ class BandPages:
         return Window(np.concatenate([part.pixels for part in parts]), np.logical_and.reduce(known) if known else None, damage)
 
 
-def _read_at(file: int, offset: int, count: int) -> bytes:
-    """Bytes of a file that several threads read; fewer than asked for are damage."""
-    data = b""
-    while len(data) < count and (more := os.pread(file, count - len(data), offset + len(data))):
-        data += more
-    if len(data) < count:
-        raise ValueError(f"the file ends {count - len(data)} bytes too early")
-    return data
+def _both(known: np.ndarray | None, seen: np.ndarray) -> np.ndarray | None:
+    """Where both say so; None: everywhere."""
+    found = seen if known is None else known & seen
+    return None if found.all() else found
 
 
 def _is_raw(page: tifffile.TiffPage) -> bool:

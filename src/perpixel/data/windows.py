@@ -3,12 +3,15 @@
 `sources.py` finds and opens them; `tiff_windows.py`, `zarr_windows.py` and `geo.py` read their kinds of file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from perpixel.data.images import FULL_SCALE
+
+LARGEST = np.finfo(np.float32).max  # pixels of other number types become float32
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,30 @@ class WholeSource:
         """Nothing is open."""
 
 
-def hole_words(name: object, where: tuple[int, int, int, int], why: str) -> str:
-    """What is told of a damaged piece of a picture."""
-    top, left, height, width = where
+def _hole_words(name: object, top: int, left: int, height: int, width: int, why: str) -> str:
     return f"{name}: rows {top} to {top + height - 1}, columns {left} to {left + width - 1} are damaged ({why})"
 
 
+def hole_lines(name: object, damage: Mapping[tuple[int, int, int, int], str]) -> list[str]:
+    """What is told of the damaged pieces of a picture; neighbours that are damaged alike are told as one rectangle."""
+    pieces: list[tuple[int, int, int, int, str]] = []
+    for (top, left, height, width), why in sorted(damage.items()):
+        if pieces and (top, height, why) == (pieces[-1][0], pieces[-1][2], pieces[-1][4]) and pieces[-1][1] + pieces[-1][3] == left:
+            left, width = pieces[-1][1], pieces.pop()[3] + width
+        pieces.append((top, left, height, width, why))
+    joined: list[tuple[int, int, int, int, str]] = []
+    for top, left, height, width, why in sorted(pieces, key=lambda piece: (piece[1], piece[3], piece[0])):
+        if joined and (left, width, why) == (joined[-1][1], joined[-1][3], joined[-1][4]) and joined[-1][0] + joined[-1][2] == top:
+            top, height = joined[-1][0], joined.pop()[2] + height
+        joined.append((top, left, height, width, why))
+    return [_hole_words(name, *piece) for piece in sorted(joined)]
+
+
 def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:
-    """`known`, and False where every band has the file's number for "no data", or one is NaN or infinite. Those become 0 in `stored`."""
+    """`known`, and False where all bands have the number for "no data", or one is NaN, infinite or beyond float32; those become 0."""
     missing = np.zeros(stored.shape[1:], bool)
     if stored.dtype.kind == "f":
-        missing |= ~np.isfinite(stored).all(0)
+        missing |= ~(np.abs(stored) <= LARGEST).all(0)
     if nodata is not None and np.isfinite(nodata):
         missing |= (stored == nodata).all(0)
     if not missing.any():

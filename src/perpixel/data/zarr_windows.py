@@ -17,6 +17,12 @@ from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
 
 MARKS = ("zarr.json", ".zgroup", ".zarray")
 BANDS_LAST = 4  # an array without names whose last axis is no longer than this holds its bands there
+UNNAMED = {
+    2: ["yx"],
+    3: ["cyx", "yxc", "zyx"],
+    4: ["zcyx", "zyxc", "tzyx"],
+    5: ["tczyx", "tzcyx", "tzyxc"],
+}  # what axes may be, likely first
 
 
 def is_zarr(path: Path) -> bool:
@@ -24,10 +30,15 @@ def is_zarr(path: Path) -> bool:
     return any((path / mark).is_file() for mark in MARKS)
 
 
-def zarr_slices(path: Path) -> list[Picture]:
-    """The pictures of a store: one, or one for each place on axes that are neither rows, columns nor bands (time, depth)."""
+def zarr_slices(path: Path, bands: int | None = None) -> list[Picture]:
+    """The pictures of a store: one, or one for each place on axes that are neither rows, columns nor bands (time, depth).
+
+    Args:
+        path: of the store.
+        bands: of the pictures, where that is known: which axes an array without names has follows from it.
+    """
     try:
-        count = prod(_array(path)[2].values())
+        count = prod(_array(path, bands)[2].values())
     except PictureError:
         count = 1  # what is wrong with it is told when it is read
     return [Picture(path, page) for page in range(count)] if count > 1 else [Picture(path)]
@@ -38,9 +49,9 @@ class ZarrSource:
 
     place = NO_PLACE
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: Picture, bands: int | None = None) -> None:
         self.picture = picture
-        self._array, self._axes, others = _array(picture.path)
+        self._array, self._axes, others = _array(picture.path, bands)
         places = list(product(*(range(length) for length in others.values())))
         if not 0 <= (picture.page or 0) < len(places):
             raise PictureError(f"{picture}: there is no such picture, only 0 to {len(places) - 1}")
@@ -89,7 +100,7 @@ class ZarrSource:
         return part.transpose([kept.index(axis) for axis in "cyx"])
 
 
-def _array(path: Path) -> tuple[Any, list[str], dict[str, int]]:
+def _array(path: Path, bands: int | None) -> tuple[Any, list[str], dict[str, int]]:
     """The array of full size, the names of its axes, and the lengths of those that are neither c, y nor x."""
     try:
         zarr = import_module("zarr")
@@ -108,7 +119,9 @@ def _array(path: Path) -> tuple[Any, list[str], dict[str, int]]:
                 (array,) = [found for _, found in store.arrays()]
         else:
             array = store
-        axes = axes or _names(array)
+        axes = axes or _names(array) or _unnamed(path, array, bands)
+    except PictureError:
+        raise
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise PictureError(f"{path}: no zarr array or OME-Zarr image can be read here ({why}). Name the array inside it") from None
@@ -119,10 +132,30 @@ def _array(path: Path) -> tuple[Any, list[str], dict[str, int]]:
 
 
 def _names(array: Any) -> list[str]:
-    """Names of the axes: the file's own, else by their number and lengths."""
+    """Names of the axes that the file tells."""
     told = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
-    if told and all(told):
-        return list(told)
-    if array.ndim == 3 and array.shape[-1] <= BANDS_LAST < array.shape[0]:
-        return ["y", "x", "c"]
-    return {2: ["y", "x"], 3: ["c", "y", "x"], 4: ["z", "c", "y", "x"], 5: ["t", "c", "z", "y", "x"]}.get(array.ndim, [])
+    return list(told) if told and all(told) else []
+
+
+def _unnamed(path: Path, array: Any, bands: int | None) -> list[str]:
+    """Axes by their number and lengths: as pictures of `bands` bands, if that is known.
+
+    Raises:
+        PictureError: no reading gives so many bands.
+    """
+    shape, readings = array.shape, UNNAMED.get(array.ndim, [])
+    if array.ndim > 2 and shape[-1] <= BANDS_LAST < min(shape[-3:-1]):
+        readings = [reading for reading in readings if reading.endswith("c")]
+    elif bands is not None and array.ndim > 2 and readings:
+        counts = {reading: dict(zip(reading, shape, strict=True)).get("c", 1) for reading in readings}
+        fitting = [reading for reading in readings if counts[reading] == bands]
+        if not fitting and bands == 3:  # one grey band does for three
+            fitting = [reading for reading in readings if "c" in reading and counts[reading] == 1]
+        if not fitting:
+            name = f"zarr.open({str(path / array.path)!r}, mode='r+').attrs['_ARRAY_DIMENSIONS']"
+            raise PictureError(
+                f"{path}: the axes of its array have no names, and its shape {shape} does not tell where {bands} bands lie. Name them: "
+                f'python -c "import zarr; {name} = {list(readings[-1])}" for slices, {list(readings[0])} where one axis is bands'
+            )
+        readings = fitting
+    return list(readings[0]) if readings else []
