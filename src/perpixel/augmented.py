@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perpixel.tiling import Kept, Read, Tiler
+from perpixel.tiling import Kept, Noted, Read, Tiler, at_once
 
 LINE = 64  # positions that are resampled at a time
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # arXiv:1706.05587, sec. 4.1
@@ -138,11 +138,13 @@ class AugmentedTiler:
         for tiler in self.tilers:
             tiler.batch = batch
 
-    def prepared(self, read: Read, size: Size) -> "AugmentedTiler":
+    def prepared(self, read: Read, size: Size, noted: Noted = at_once, begin: float = 0.0) -> "AugmentedTiler":
         """Each view on its own; see `Tiler.prepared`."""
         knowing = copy.copy(self)
-        pairs = zip(self.views, self.tilers, strict=True)
-        knowing.tilers = [tiler.prepared(view.read(read, size), view.size(size)) for view, tiler in pairs]
+        knowing.tilers = [
+            tiler.prepared(view.read(read, size), view.size(size), _of_view(number, noted), begin)
+            for number, (view, tiler) in enumerate(zip(self.views, self.tilers, strict=True), 1)
+        ]
         return knowing
 
     def reach(self, size: Size, top: int, left: int, height: int, width: int) -> Part:
@@ -160,6 +162,10 @@ class AugmentedTiler:
         if total is None:
             raise ValueError("no views to predict; give at least View(), the image itself")
         return total / len(self.views)
+
+
+def _of_view(number: int, noted: Noted) -> Noted:
+    return lambda name, compute: noted(f"view-{number}-{name}", compute)
 
 
 def _resampled(read: Read, size: Size, wanted: Size, part: Part) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ SCORES = 2**28  # bytes of a block's scores where no limit is given
 BATCH = 16  # windows at a time on a GPU at most
 SHARE = 0.8  # of the free memory of a GPU that is used where no limit is given
 LONG = 0.5  # seconds of a window that is timed once
+MANY = 100  # windows of an image from which on a second run of one, to time it, costs a hundredth at most
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -44,14 +45,17 @@ class Plan:
     windows: int
     ram: int  # bytes, the peak that is expected of the process
     vram: int  # bytes, of the GPU
-    seconds: float  # for all windows, by the time of one
+    seconds: float  # for all windows and both passes, by the time of one window
+    shares: int = 1  # processes that the blocks are dealt out to
 
     def __str__(self) -> str:
         height, width = self.grid.size
         memory = f"about {self.ram / 2**20:,.0f} MB of memory" + (f", {self.vram / 2**20:,.0f} MB of the GPU's" if self.vram else "")
         blocks = f"{len(self.grid.blocks)} blocks of {self.grid.block[0]}x{self.grid.block[1]}"
         tiles = f"{self.windows:,} tiles of {self.tiler.window} pixels, {self.tiler.batch} at a time"
-        return f"{height:,} x {width:,} pixels: {blocks}, {tiles}; {memory}; the network alone about {_spoken(self.seconds)}"
+        alone = f"the network alone about {_spoken(self.seconds / self.shares)}"
+        whose = f" for each of {self.shares} shares" if self.shares > 1 else ""
+        return f"{height:,} x {width:,} pixels: {blocks}, {tiles}; {memory}; {alone}{whose}"
 
 
 def parse_bytes(text: str) -> int:
@@ -99,7 +103,7 @@ def plan(
     least = 0
     while True:
         tiler = Tiler(model, tile, overlap)
-        seconds, base, vram, vram_growth = _measured(model, tiler, bands)
+        seconds, base, vram, vram_growth = _measured(model, tiler, bands, source.size)
         room_vram = limits.vram if limits.vram is not None else int(SHARE * _free_vram(model))
         for side in _sides(tiler, source.size):
             grid = one_block(source.size) if side is None else Grid(source.size, side)
@@ -142,8 +146,10 @@ def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: G
     return scores, 3 * region + strips + 3 * pixels * (1 + 2 * maps)
 
 
-def _measured(model: SegmentationModel, tiler: Tiler, bands: int) -> tuple[float, int, int, int]:
-    """Seconds of a window; the process's peak memory in bytes with one; the GPU's, and what one adds there, 0 where there is none."""
+def _measured(model: SegmentationModel, tiler: Tiler, bands: int, size: tuple[int, int]) -> tuple[float, int, int, int]:
+    """Seconds of a window of an image of `size` pixels, in the first pass too where there is one; the process's peak memory in bytes with
+    a window; the GPU's, and what one adds there, 0 where there is none.
+    """
     parameter = next(model.parameters())
     window = torch.zeros(1, bands, tiler.window, tiler.window, device=parameter.device, dtype=parameter.dtype)
     window = window.contiguous(memory_format=torch.channels_last)
@@ -153,16 +159,19 @@ def _measured(model: SegmentationModel, tiler: Tiler, bands: int) -> tuple[float
         torch.cuda.reset_peak_memory_stats(parameter.device)
     with _watched() as held:
         seconds = _timed(model, window)
-        if seconds < LONG:  # the first one also waits for memory and libraries; of a long one that is a small part
+        # The first one also waits for memory and libraries (on a GPU for long); of a long one that is a small part.
+        if gpu or (seconds < LONG and tiler.windows(size) >= MANY):
             seconds = min(seconds, _timed(model, window))
+        if tiler.two_passes(size):
+            seconds += _timed(lambda given: model.encoder(given).maps[-1], window)
     peak = torch.cuda.max_memory_allocated(parameter.device) if gpu else 0
     return seconds, max(held), peak, peak - before
 
 
-def _timed(model: SegmentationModel, window: Tensor) -> float:
+def _timed(network: Callable[[Tensor], Tensor], window: Tensor) -> float:
     start = time.perf_counter()
     with torch.inference_mode():
-        model(window).sum().item()  # the sum waits for the GPU
+        network(window).sum().item()  # the sum waits for the GPU
     return time.perf_counter() - start
 
 

@@ -88,10 +88,15 @@ class Card(BaseModel):
 
 @dataclass
 class Bundle:
-    """A model ready to predict, and what is known of its data."""
+    """A model ready to predict, and what is known of its data.
+
+    Attributes:
+        digest: of the weights as the file has them, see `digest_of`.
+    """
 
     model: SegmentationModel
     card: Card
+    digest: str
 
     @property
     def normalize(self) -> Normalize:
@@ -262,11 +267,12 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
     """
     tensors, metadata = read_tensors(Path(path))
     card = read_card(path, metadata)
-    if "digest" in metadata and metadata["digest"] != digest_of(tensors):
+    digest = digest_of(tensors)
+    if metadata.get("digest", digest) != digest:
         raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
-        bundle = Bundle(model, card)
+        bundle = Bundle(model, card, digest)
         _ = bundle.normalize, bundle.label_map  # refuse illegal values now, not in the middle of a folder of images
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: the model or data that the bundle describes can't be made: {error}") from None

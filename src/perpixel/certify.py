@@ -1,5 +1,7 @@
 """`perpixel certify`: does a model predict an image by parts as it predicts it whole? Measured, and where it can't, why."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,22 @@ class Certificate:
         return asdict(self) | {"size": list(self.size), "whole": list(self.whole)}
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """In which products of float32 are computed in float32; GPUs round the operands of convolutions to TF32 by default."""
+    backends: Any = torch.backends  # whose modules turn into objects with the attributes below
+    places = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+@full_float32()
 @torch.inference_mode()
 def certify(
     bundle: Bundle | Path | str, image: Path | str | None = None, tile: int | None = None, device: str | None = None

@@ -15,7 +15,6 @@ import numpy as np
 
 from perpixel import __version__
 from perpixel.budget import WHOLE, Limits, Plan, one_block
-from perpixel.bundle import digest_of
 from perpixel.data.decoding import read_header
 from perpixel.data.display import overlay
 from perpixel.data.images import Picture, pixel_limit
@@ -26,8 +25,8 @@ from perpixel.data.tiff_windows import mask_file
 from perpixel.data.windows import Source, hole_lines
 from perpixel.data.writing import write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
-from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of
-from perpixel.tiling import Tiler
+from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of, noted_in
+from perpixel.tiling import Tiler, at_once
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[int, int, str], None]  # (done, of, what)
@@ -148,11 +147,11 @@ class _Run:
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
         bundle = segmenter.bundle
-        model = [bundle.card.model_dump_json(), digest_of(bundle.model.state_dict())]
+        model = [bundle.card.model_dump_json(), bundle.digest]
         settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
         settings.append(__version__)
         self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
-        self._plans: dict[tuple[object, ...], Plan] = {}  # of small pictures under limits, by size
+        self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
 
     def key(self, picture: Picture) -> str:
         """A picture as it is now; one that was replaced since is another."""
@@ -211,7 +210,10 @@ class _Run:
         mine = [block for n, block in enumerate(mosaic.grid.blocks) if (n + number) % task.shard[1] == task.shard[0]]
         due = [block for block in mine if not mosaic.has(block)]
         if due:
-            streamer = self.segmenter.streamer(source, str(picture), planned.grid, planned.tiler, refined=task.samples is None)
+            noted = at_once if alone else noted_in(mosaic.folder, lambda what: self._tell_first_pass(number, picture, what))
+            streamer = self.segmenter.streamer(
+                source, str(picture), planned.grid, planned.tiler, task.samples is None, noted, task.shard[0] / task.shard[1]
+            )
             with ahead(map(streamer.region, due), WAITING) as regions:
                 for done, region in enumerate(regions, 1):  # 1 read
                     if task.strict and region.damage:
@@ -225,6 +227,9 @@ class _Run:
                         self.progress(number, len(self.pictures), f"{picture.name}, block {so_far} of {len(mine)}")
         if not alone:
             write(self._join, picture, source, targets, mosaic)
+
+    def _tell_first_pass(self, number: int, picture: Picture, what: str) -> None:
+        self.progress(number, len(self.pictures), f"{picture.name}, first pass over the image, {what.replace('-', ' ')}")
 
     def _maps(self, streamer: Streamer, region: Region) -> dict[str, np.ndarray]:
         task, classes = self.task, len(self.segmenter.classes)
@@ -248,7 +253,7 @@ class _Run:
         if small and limits == Limits() and not parts.exists():
             return Plan(Tiler(model, card.tile, card.overlap), one_block(source.size), 0, 0, 0, 0.0)
         alike = (source.size, source.bands, source.segment)
-        if alike not in self._plans or not small:
+        if alike not in self._plans:
             try:
                 maps = sum(max(layer.bands, 1) for layer in self.layers) - 1
                 self._plans[alike] = self.segmenter.plan(source, limits, maps, self.task.samples)
@@ -266,7 +271,7 @@ class _Run:
         tiler = Tiler(self.segmenter.bundle.model, said["tile"], self.segmenter.bundle.card.overlap, planned.tiler.batch)
         found = replace(planned, tiler=tiler, grid=Grid(source.size, (said["height"], said["width"])))
         if len(found.grid.blocks) > 1:
-            self.tell(str(found))
+            self.tell(str(replace(found, shares=self.task.shard[1])))
         return found
 
     def _targets(self, picture: Picture, source: Source) -> dict[str, Path]:

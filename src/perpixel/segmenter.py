@@ -17,8 +17,8 @@ from perpixel.data.mosaics import Block, Grid
 from perpixel.data.sources import open_source
 from perpixel.data.windows import Source, WholeSource
 from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
-from perpixel.streaming import PRECISIONS, Region, Streamer, labels_of
-from perpixel.tiling import Tiler
+from perpixel.streaming import PRECISIONS, Region, Streamer, computing, labels_of
+from perpixel.tiling import Noted, Tiler, at_once
 
 
 class Segmenter:
@@ -92,10 +92,20 @@ class Segmenter:
         card, scales = self.bundle.card, [view.scale**2 for view in self.views]
         # A refiner works on copies; of views the sum is held, and the scores of one before and after they are resized.
         copies = 2 + 4 * (self.refiner is not None) + (1 + 2 * max(scales) if len(scales) > 1 else 0) + 5 * (samples is not None)
-        once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, copies)
+        with computing(self.device, self.precision):
+            once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, copies)
         return replace(once, seconds=once.seconds * sum(scales) * (samples or 1))
 
-    def streamer(self, source: Source, name: str, grid: Grid | None = None, tiler: Tiler | None = None, refined: bool = True) -> Streamer:
+    def streamer(
+        self,
+        source: Source,
+        name: str,
+        grid: Grid | None = None,
+        tiler: Tiler | None = None,
+        refined: bool = True,
+        noted: Noted = at_once,
+        begin: float = 0.0,
+    ) -> Streamer:
         """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""
         card = self.bundle.card
         if grid is None:
@@ -103,7 +113,7 @@ class Segmenter:
             grid, tiler = (one_block(source.size), tiler) if planned is None else (planned.grid, tiler or planned.tiler)
         tiler = tiler or Tiler(self.bundle.model, card.tile, card.overlap)
         augmented = tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
-        return Streamer(self.bundle, self.refiner if refined else None, source, augmented, grid, self.precision, name)
+        return Streamer(self.bundle, self.refiner if refined else None, source, augmented, grid, self.precision, name, noted, begin)
 
     def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
         """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.

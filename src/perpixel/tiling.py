@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Literal
 
@@ -15,6 +16,12 @@ from perpixel.models.model import InputGeometry, SegmentationModel
 
 Read = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) inside the image -> (C, height, width) float, normalised
 Overlap = int | Literal["exact"]
+Noted = Callable[[str, Callable[[], Tensor]], Tensor]  # what `prepared` has to know by this name: computed, or as it was noted before
+
+
+def at_once(_: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Nothing is noted; see `Noted`."""
+    return compute()
 
 
 def mirror_pad(image: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -237,31 +244,45 @@ class Tiler:
             sides.append((first, last - first))
         return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
 
-    def prepared(self, read: Read, size: tuple[int, int]) -> "Tiler":
+    def two_passes(self, size: tuple[int, int]) -> bool:
+        """Whether an image of `size` pixels has to be `prepared`."""
+        return self.field is not None and bool(self.field.means) and self.windows(size) > 1
+
+    def prepared(self, read: Read, size: tuple[int, int], noted: Noted = at_once, begin: float = 0.0) -> "Tiler":
         """A tiler that knows what has to be known of the whole image before any part of it is predicted; this one where that is nothing.
 
         In exact mode that is the mean of the encoder's coarsest map where a layer uses it (DeepLab v3): one pass of the encoder over all
-        windows, each pixel of the map counted once.
+        windows, each pixel of the map counted once. Each row of windows is noted by itself, so that several processes can share the pass.
 
         Args:
             read: see `Read`.
             size: (height, width) of the image in pixels.
+            noted: see `Noted`.
+            begin: which rows come first, as a share of all, 0 <= begin < 1; the result is the same.
         """
-        rows, columns = (self._lattice(side) for side in size)
-        cuts = list(product(rows.cuts, columns.cuts))
-        if self.field is None or not self.field.means or len(cuts) == 1:
+        if not self.two_passes(size):
             return self
-        total, count = torch.zeros(()), 0
-        for row, column in cuts:
+        rows, columns = (self._lattice(side) for side in size)
+        first, count = int(begin * len(rows.cuts)), len(rows.cuts)
+        sums: dict[int, Tensor] = {}
+        for number in (*range(first, count), *range(first)):
+            sums[number] = noted(f"row-{number + 1}-of-{count}", partial(self._sum_of_row, read, size, rows, columns, rows.cuts[number]))
+        total = torch.stack([sums[number] for number in range(count)]).sum(0)  # in the order of rows, whoever computed them
+        knowing = copy.copy(self)
+        knowing.mean = (total[:-1] / total[-1])[None, :, None, None].clone()
+        return knowing
+
+    def _sum_of_row(self, read: Read, size: tuple[int, int], rows: _Lattice, columns: _Lattice, row: _Cut) -> Tensor:
+        """(maps + 1) float64 on the CPU: the sum of the encoder's coarsest map over a row of windows, and how many places that are."""
+        sums: list[Tensor] = []
+        for column in columns.cuts:
             window = self._seen(read, size, row, column, rows.window, columns.window)[None]
             with torch.inference_mode():
                 coarsest = self.model.encoder(window.contiguous(memory_format=torch.channels_last)).maps[-1]
             across, down = (_counted(cut, lattice, coarsest.shape[axis]) for cut, lattice, axis in ((row, rows, -2), (column, columns, -1)))
             part = coarsest[0, :, across, down].double().flatten(1)
-            total, count = total.to(part.device) + part.sum(1), count + part.shape[1]
-        knowing = copy.copy(self)
-        knowing.mean = (total / count)[None, :, None, None].clone()
-        return knowing
+            sums.append(torch.cat([part.sum(1), part.new_full((1,), part.shape[1])]))
+        return torch.stack(sums).sum(0).cpu()
 
     def block(self, read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
         """(K, height, width) logits of that part of an image of `size` pixels, in the dtype and on the device of what `read` gives.
