@@ -40,7 +40,7 @@ ARROWS = {
     "progress": {"data", "evaluate", "recipe"},
     "calibrate": {"bundle", "evaluate", "metrics", "scores"},
     "compare": {"metrics", "scores"},
-    "compare_page": {"compare", "data"},
+    "compare_page": {"compare", "data", "metrics"},
     "report": {"bundle", "data", "evaluate", "metrics", "plan", "predict", "scores"},
     "run": {
         "bundle",

@@ -17,7 +17,7 @@ from perpixel.data.sources import open_page
 from perpixel.data.windows import hole_words
 from perpixel.losses import cross_entropy
 from perpixel.metrics import Confusion
-from perpixel.scores import Boundaries, CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
+from perpixel.scores import CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
 from perpixel.segmenter import Segmenter
 from perpixel.streaming import ROWS, WAITING, Region, Streamer, ahead
 
@@ -120,8 +120,7 @@ class BlockScorer:
                 group.add_image(shares)
             elif isinstance(group, Reliability):
                 group.add_image(calibration)
-            elif isinstance(group, Boundaries):
-                group.skip_image()
+        self.gathered.skip_image()
 
 
 class _Image:
