@@ -41,7 +41,7 @@ ARROWS = {
     "calibrate": {"bundle", "evaluate", "metrics", "scores"},
     "compare": {"metrics", "scores"},
     "compare_page": {"compare", "data", "metrics"},
-    "report": {"bundle", "data", "evaluate", "metrics", "plan", "predict", "scores"},
+    "report": {"blockwise", "bundle", "data", "evaluate", "metrics", "plan", "predict", "scores", "segmenter", "streaming"},
     "run": {
         "bundle",
         "calibrate",

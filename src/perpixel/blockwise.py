@@ -32,6 +32,12 @@ def scored(picture: Picture, pixels: Tensor, labels: Tensor, logits: Tensor, ign
     return Scored(picture.name, picture.path, pixels, labels, logits, loss, ignore)
 
 
+def fits(size: tuple[int, int], classes: int) -> bool:
+    """Whether an image of (height, width) is held whole, with its scores."""
+    pixels = size[0] * size[1]
+    return pixels <= WHOLE_PIXELS and 4 * classes * pixels <= WHOLE_BYTES
+
+
 @dataclass(frozen=True)
 class Counted:
     """What is kept of an image that was scored block by block."""
@@ -71,7 +77,7 @@ class BlockScorer:
             try:
                 refuse_other_size(pair, source.size, labels.size)
                 image = _Image(pair, self.segmenter.streamer(source, name), labels)
-                found = self._whole(image) if self._fits(source.size) else self._streamed(image, progress)
+                found = self._whole(image) if fits(source.size, len(self.segmenter.classes)) else self._streamed(image, progress)
             finally:
                 labels.close()
         finally:
@@ -79,10 +85,6 @@ class BlockScorer:
         if image.damage:
             self.holes[name] = list(image.damage)
         return found
-
-    def _fits(self, size: tuple[int, int]) -> bool:
-        pixels = size[0] * size[1]
-        return pixels <= WHOLE_PIXELS and 4 * len(self.segmenter.classes) * pixels <= WHOLE_BYTES
 
     def _whole(self, image: "_Image") -> Scored:
         pixels, logits, labels = image.assembled(len(self.segmenter.classes))
