@@ -311,30 +311,22 @@ def _score_table(content: Mapping[str, Any]) -> Table:
     table = Table("score", "first", "second", "difference", "95 %")
     for name, row in content["scores"].items():
         measure = MEASURES[name]
-        values = [scaled(measure, row[key]) for key in ("first", "second", "difference", "low", "high")]
-        one, two = ("-" if value is None else f"{value:.{measure.digits}f}" for value in values[:2])
         unit = f" ({measure.unit})" if measure.unit not in ("", "points") else ""
-        table.add_row(f"{measure.words}{unit}", one, two, *_signed(values[2:], measure.digits))
+        table.add_row(f"{measure.words}{unit}", measure.text(row["first"]), measure.text(row["second"]), *_signed(measure, row))
     return _right(table)
-
-
-def scaled(measure: Measure, value: float | None) -> float | None:
-    """A score as people read it: shares in hundredths."""
-    return None if value is None else 100 * value if measure.unit == "points" else value
 
 
 def _class_table(content: Mapping[str, Any]) -> Table:
     table = Table("class", "IoU: difference", "95 %", "real")
     for row in content["classes"]:
-        values = [scaled(MEASURES["miou"], row[key]) for key in ("difference", "low", "high")]
-        table.add_row(escape(row["name"]), *_signed(values, 2), "yes" if row["real"] else "")
+        table.add_row(escape(row["name"]), *_signed(MEASURES["miou"], row), "yes" if row["real"] else "")
     return _right(table)
 
 
-def _signed(values: Sequence[float | None], digits: int) -> tuple[str, str]:
-    value, low, high = values
-    between = "-" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
-    return "-" if value is None else f"{value:+.{digits}f}", between
+def _signed(measure: Measure, row: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = row["low"], row["high"]
+    between = "-" if low is None or high is None else f"{measure.text(low, '+')} to {measure.text(high, '+')}"
+    return measure.text(row["difference"], "+"), between
 
 
 def _right(table: Table) -> Table:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perpixel import __version__
-from perpixel.compare import scaled
 from perpixel.data.writing import replacing
 from perpixel.metrics.measures import MEASURES, Measure
 
@@ -116,10 +115,6 @@ def _rows(named: Sequence[tuple[Measure, str, Mapping[str, Any]]]) -> list[dict[
     bounds = [abs(row[key]) for _, _, row in named for key in ("low", "difference", "high") if row[key] is not None]
     scale = (WIDTH / 2 - 6) / max([*bounds, 1e-9])
 
-    def text(measure: Measure, value: float | None, sign: str = "") -> str:
-        shown = scaled(measure, value)
-        return "-" if shown is None else f"{shown:{sign}.{measure.digits}f}"
-
     rows = []
     for measure, name, row in named:
         ends = [row[key] for key in ("low", "difference", "high")]
@@ -128,10 +123,10 @@ def _rows(named: Sequence[tuple[Measure, str, Mapping[str, Any]]]) -> list[dict[
         rows.append(
             {
                 "name": name,
-                "first": text(measure, row["first"]),
-                "second": text(measure, row["second"]),
-                "difference": text(measure, row["difference"], "+"),
-                "between": f"{text(measure, row['low'], '+')} to {text(measure, row['high'], '+')}" if known else "-",
+                "first": measure.text(row["first"]),
+                "second": measure.text(row["second"]),
+                "difference": measure.text(row["difference"], "+"),
+                "between": f"{measure.text(row['low'], '+')} to {measure.text(row['high'], '+')}" if known else "-",
                 "drawn": [round(WIDTH / 2 + scale * end, 1) for end in gain],
                 "side": "open" if not row["real"] else "up" if gain[0] > 0 else "down",
             }

@@ -29,6 +29,7 @@ class Measure:
         table: what it is computed from; where `by_class` that has the classes as its second axis.
         bind: tables of one or of two runs with the same truth, and the rule for absent classes -> tables and score of their sums.
         bind_classes: the same for a score of each class (..., K); None: there is none.
+        of_images: whether it is a mean over images, not a score of the whole set.
         less: whether less is better.
         unit: "points" (hundredths), "pixels", "nats", or "" for a plain number.
         digits: behind the point, for people.
@@ -40,6 +41,7 @@ class Measure:
     bind: Bind
     bind_classes: Bind | None = None
     by_class: bool = True
+    of_images: bool = False
     less: bool = False
     unit: str = "points"
     digits: int = 2
@@ -48,6 +50,12 @@ class Measure:
         """Of one run."""
         (bound,), score = self.bind([table], absent)
         return interval(bound, score, bounds=(0, self.most))
+
+    def text(self, value: float | None, sign: str = "", dash: str = "-") -> str:
+        """For people: shares in hundredths, a dash where there is no number."""
+        if value is None or not math.isfinite(value):
+            return dash
+        return f"{100 * value if self.unit == 'points' else value:{sign}.{self.digits}f}"
 
     @property
     def most(self) -> float:
@@ -169,14 +177,27 @@ _REGION = (
 _BOUNDARY = (
     # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.
     Measure("bf", "boundary F (BF)", "contours", _of_images(lambda table: tallies.class_mean(tallies.dice(table), table)),
-            _of_images(tallies.dice)),
+            _of_images(tallies.dice), of_images=True),
     Measure("boundary_iou", "Boundary IoU", "bands", _of_classes(tallies.miou), _each_class(tallies.iou)),
     *(Measure(f"trimap_{width}", f"mIoU within {width} px", f"trimap_{width}", _of_classes(tallies.miou)) for width in TRIMAP_KEPT),
-    Measure("assd", "mean surface distance (ASSD)", "surface", _distance(0, True), _distance(0, False), less=True, unit="pixels"),
-    Measure("hausdorff", "95 % Hausdorff distance", "surface", _distance(1, True), _distance(1, False), less=True, unit="pixels"),
+    *(
+        Measure(name, words, "surface", _distance(place, True), _distance(place, False), of_images=True, less=True, unit="pixels")
+        for place, (name, words) in enumerate((("assd", "mean surface distance (ASSD)"), ("hausdorff", "95 % Hausdorff distance")))
+    ),
 )  # fmt: skip
+_MEANS_OF_IMAGES = ("segments", "board_thinned")  # tables; the others of neurites are summed over the set
 _NEURITE = tuple(
-    Measure(name, words, table, bind, by_class=False, less="error" in name, unit="", digits=6 if "warping" in name else 4)
+    Measure(
+        name,
+        words,
+        table,
+        bind,
+        by_class=False,
+        of_images=table in _MEANS_OF_IMAGES,
+        less="error" in name,
+        unit="",
+        digits=6 if "warping" in name else 4,
+    )
     for name, words, table, bind in (
         ("pixel_error", "pixel error", "flips", _share(1, [0])),
         ("warping_error", "warping error", "flips", _share(2, [0])),
@@ -192,6 +213,6 @@ _NEURITE = tuple(
         ("board_v_info", "V_info thinned, best threshold", "board_thinned", _best(lambda sums: value_mean(sums[..., 1, :]), False)),
     )
 )
-COST = Measure("cost", "cost", "losses", _of_images(lambda table: table), by_class=False, less=True, unit="nats", digits=4)
+COST = Measure("cost", "cost", "losses", _of_images(lambda table: table), by_class=False, of_images=True, less=True, unit="nats", digits=4)
 MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in (*_REGION, *_BOUNDARY, COST, *_NEURITE)}
 CLASS_TABLES = {measure.table for measure in MEASURES.values() if measure.by_class}
