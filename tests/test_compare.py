@@ -2,31 +2,38 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from perpixel.compare import compare, read_scores
 from perpixel.compare_page import write_page
 from perpixel.evaluate import Evaluation
+from perpixel.metrics.measures import MEASURES
 from perpixel.metrics.region import Region
-from perpixel.scores import Scores
+from perpixel.scores import Scored, Scores
 
 CLASSES = ["sky", "sea", "land"]
 
 
-def evaluation(rate, seed=0, folder="set", numbers=range(12), classes=CLASSES, truth_seed=5) -> Evaluation:
+def evaluation(
+    rate, seed=0, folder="set", numbers=range(12), classes=CLASSES, truth_seed=5, groups=("boundary",), inside=None
+) -> Evaluation:
     """Images of blocks, of which a share `rate` of the pixels is wrong."""
     random = np.random.default_rng(seed)
-    result = Evaluation(Region(len(classes)), list(classes), scores=Scores(["boundary"], classes))
+    result = Evaluation(Region(len(classes)), list(classes), scores=Scores(groups, classes, inside=inside))
+    order = np.array([classes.index(name) for name in CLASSES if name in classes])
     for number in numbers:
         name = f"{folder}/{number:02d}.png"
-        truth = np.random.default_rng((truth_seed, number)).integers(0, 3, (4, 4)).repeat(6, 0).repeat(6, 1)
-        truth = np.array([classes.index(name) for name in CLASSES])[truth]
-        guess = np.where(random.random(truth.shape) < rate, random.integers(0, 3, truth.shape), truth)
+        truth = order[np.random.default_rng((truth_seed, number)).integers(0, len(classes), (4, 4)).repeat(6, 0).repeat(6, 1)]
+        guess = np.where(random.random(truth.shape) < rate, random.integers(0, len(classes), truth.shape), truth)
         result.region.update(truth, guess, name=name)
-        result.scores.boundaries.contours.update(truth, guess, name=name)
         result.losses[name] = rate + 0.01 * float(random.random())
+        sure = torch.from_numpy(random.uniform(0.5, 3, truth.shape))
+        logits = (sure * torch.nn.functional.one_hot(torch.from_numpy(guess), len(classes)).movedim(-1, 0)).float()
+        result.scores(Scored(name, Path(name), torch.zeros(3, 24, 24), torch.from_numpy(truth), logits, result.losses[name], 255))
     return result
 
 
@@ -45,8 +52,10 @@ def test_a_file_gives_back_the_counts_of_each_image(file, tmp_path):
     read = read_scores(file("a", 0.3))
     assert read.images == made.region.images.names
     assert np.array_equal(read.region, made.region.images.table)
-    assert np.array_equal(read.contours, made.scores.boundaries.contours.images.table)
-    assert read.losses.tolist() == list(made.losses.values())
+    kept = made.scores.tables()
+    assert {"contours", "bands", "trimap_5"} <= kept.keys() <= read.tables.keys()
+    assert all(np.array_equal(read.tables[name], table) for name, table in kept.items())
+    assert read.tables["losses"].tolist() == list(made.losses.values())
 
 
 @pytest.mark.parametrize("absent", ["union", "truth", "zero"])
@@ -60,9 +69,97 @@ def test_values_are_each_run_s_own_and_differences_their_difference(file, absent
         assert [told["scores"][key][which] for which in ("first", "second")] == pytest.approx(own)
         assert told["scores"][key]["difference"] == pytest.approx(own[1] - own[0])
     assert told["scores"]["cost"]["first"] == pytest.approx(one.cost)
-    assert told["scores"]["bf"]["second"] == pytest.approx(two.scores.boundaries.contours.score)
+    boundary = two.scores.to_json(absent)["boundary"]
+    assert told["scores"]["bf"]["second"] == pytest.approx(boundary["bf"])
+    assert told["scores"]["boundary_iou"]["second"] == pytest.approx(boundary["boundary_iou"])
+    assert told["scores"]["trimap_5"]["second"] == pytest.approx(boundary["trimap"]["miou"][4])
+    for name in ("bf", "boundary_iou"):
+        assert [row["second"] for row in told["class_scores"][name]] == pytest.approx(boundary[f"{name}_classes"])
     assert [row["difference"] for row in told["classes"]] == pytest.approx((two.confusion.iou - one.confusion.iou).tolist())
     assert [row["second"] for row in told["classes"]] == pytest.approx(two.confusion.iou.tolist())
+
+
+def test_neurite_scores_and_surface_distances_are_each_run_s_own(file):
+    """Beside what `evaluate` states of each; both runs have every class in every image, so that no distance is left out."""
+    options = {"classes": CLASSES[:2], "groups": ("surface", "neurite")}
+    runs = evaluation(0.3, **options), evaluation(0.1, seed=1, **options)
+    told = compare([file("a", 0.3, **options), file("b", 0.1, seed=1, **options)])[0].to_json()["scores"]
+    for key, run in zip(("first", "second"), runs, strict=True):
+        found = run.scores.to_json()
+        neurite, surface = found["neurite"], found["surface"]
+        for name in ("pixel_error", "warping_error", "rand_error", "v_rand", "v_info", "seg"):
+            assert told[name][key] == pytest.approx(neurite[name], rel=1e-6)
+        assert told["f1"][key] == pytest.approx(neurite["f1"]["0.5"])
+        for name in ("rand_error", "warping_error", "pixel_error", "v_rand", "v_info"):
+            own = f"{name}_thinned" if name.startswith("v_") else name
+            assert told[f"board_{name}"][key] == pytest.approx(neurite["board"]["best"][own]["value"], rel=1e-6)
+        for name in ("assd", "hausdorff"):
+            assert told[name][key] == pytest.approx(np.mean(surface[f"{name}_classes"]), rel=1e-6)
+    assert told["rand_error"]["real"]
+    assert told["rand_error"]["high"] < 0
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in told.values())
+
+
+def test_the_interval_of_the_board_s_rand_error_draws_sections_and_chooses_the_threshold_anew(file):
+    """A slow bootstrap of its own, with other draws."""
+    options = {"classes": CLASSES[:2], "groups": ("neurite",)}
+    one, two = (evaluation(rate, seed=seed, **options).scores.tables()["board_pairs"] for seed, rate in enumerate((0.3, 0.28)))
+    found = compare([file("a", 0.3, **options), file("b", 0.28, seed=1, **options)])[0].differences["board_rand_error"]
+    random, gains = np.random.default_rng(3), []
+    for _ in range(2000):
+        drawn = random.integers(0, 12, 12)
+        best = [max(2 * both / (guess + truth) for both, guess, truth in table[drawn].sum(0)) for table in (one, two)]
+        gains.append(best[0] - best[1])
+    low, high = np.quantile(gains, [0.012, 0.988])  # where Student's t puts the bounds for 12 images
+    assert [found.low, found.high] == pytest.approx([low, high], abs=0.2 * (high - low))
+
+
+def test_distances_are_compared_where_both_runs_find_the_class_so_that_missing_it_gains_nothing(tmp_path):
+    """One image is hard; the second run misses the class there, and is no better elsewhere."""
+    labels = np.zeros((20, 20), int)
+    labels[5:15, 5:15] = 1
+    files = []
+    for name, hard in (("a", np.roll(labels, 4, 1)), ("b", np.zeros_like(labels))):
+        result = Evaluation(Region(2), ["x", "y"], scores=Scores(["surface"], ["x", "y"]))
+        for number in range(8):
+            guess = hard if number == 0 else np.roll(labels, 1, 1)
+            logits = 9.0 * torch.eye(2)[torch.from_numpy(guess)].movedim(-1, 0)
+            result.region.update(labels, guess, name=f"{number}.png")
+            result.losses[f"{number}.png"] = 0.1
+            result.scores(Scored(name, Path(f"{number}.png"), torch.zeros(3, 20, 20), torch.from_numpy(labels), logits, 0.1, 255))
+        files.append(tmp_path / f"{name}.json")
+        result.to_file(files[-1])
+    found = compare(files)[0]
+    rows = found.to_json()["class_scores"]["assd"]
+    assert rows[1]["first"] == rows[1]["second"]
+    assert rows[1]["difference"] == 0
+    assert any("1 only in the first" in note for note in found.notes)
+
+
+def test_scores_of_one_run_only_and_of_other_insides_are_left_out_and_it_is_said(file):
+    options = {"classes": CLASSES[:2], "groups": ("neurite",)}
+    first = file("a", 0.3, **options)
+    (found,) = compare([first, file("b", 0.3, classes=CLASSES[:2])])
+    assert "rand_error" not in found.differences
+    (lone,) = found.notes
+    assert lone.startswith("scored in one of the two only, and not compared: ")
+    assert {"adapted Rand error", "boundary F (BF)"} <= set(lone.partition(": ")[2].split(", "))
+    (found,) = compare([first, file("c", 0.3, inside="sky", **options)])
+    assert "rand_error" not in found.differences
+    assert "neurite scores are not compared: one took sea, the other sky for the inside" in found.notes
+
+
+def test_a_class_in_five_images_is_never_called_better(tmp_path):
+    """All five agree, which chance does once in sixteen."""
+    for name, hits in (("a", 10), ("b", 30)):
+        region = Region(2)
+        for number in range(20):
+            labels = np.arange(64) % 2 if number < 5 else np.zeros(64, int)
+            region.update(labels, np.where(np.arange(64) < hits, labels, 0), name=f"{number}.png")
+        Evaluation(region, ["x", "y"], {f"{n}.png": 0.1 for n in range(20)}).to_file(tmp_path / f"{name}.json")
+    rows = compare([tmp_path / "a.json", tmp_path / "b.json"])[0].to_json()["classes"]
+    assert rows[1]["difference"] > 0.3
+    assert not rows[1]["real"]
 
 
 def test_the_interval_is_that_of_drawing_the_same_images_for_both(file):
@@ -170,7 +267,7 @@ def test_classes_are_paired_by_name(file):
     """The same pixels under another order of the classes: nothing differs."""
     (found,) = compare([file("a", 0.0), file("b", 0.0, classes=["land", "sky", "sea"])])
     assert found.classes == CLASSES
-    assert np.array_equal(np.asarray(found.differences["iou"].value), np.zeros(3))
+    assert np.array_equal(np.asarray(found.by_class["miou"].found.value), np.zeros(3))
 
 
 def test_other_masks_no_common_image_and_files_without_counts_are_refused(file, tmp_path):
@@ -209,8 +306,21 @@ def test_the_page_holds_every_number_is_escaped_and_draws_better_to_the_right(fi
         assert f"<td>{100 * row['difference']:+.2f}</td>" in text
     assert f"<td>{told['scores']['cost']['difference']:+.4f}</td>" in text
     centres = [float(place) for place in re.findall(r'class="up" cx="([\d.]+)"', text)]
-    assert len(centres) == 10  # the better run gains in six scores, three classes and the cost, which falls
+    scores, classes = [row["real"] for row in told["scores"].values()], [told["classes"], *told["class_scores"].values()]
+    assert len(centres) == sum(scores) + sum(row["real"] for rows in classes for row in rows)
+    assert sum(scores) == 11  # the better run gains in every score, and the cost falls
     assert all(place > 130 for place in centres)
+
+
+def test_less_is_drawn_as_better_in_scores_of_errors(file, tmp_path):
+    options = {"classes": CLASSES[:2], "groups": ("surface", "neurite")}
+    found = compare([file("a", 0.4, **options), file("b", 0.05, seed=1, **options)])
+    write_page(found, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert 'class="down"' not in text.split("</style>")[1]
+    for name in ("rand_error", "hausdorff", "board_rand_error"):
+        assert found[0].differences[name].below_zero
+        assert f">{MEASURES[name].words}</td>" in text
 
 
 def test_the_command_compares_a_run_with_a_file_of_evaluate(run, sample_set, tmp_path, command):

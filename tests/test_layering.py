@@ -40,8 +40,8 @@ ARROWS = {
     "progress": {"data", "evaluate", "recipe"},
     "calibrate": {"bundle", "evaluate", "metrics", "scores"},
     "compare": {"metrics", "scores"},
-    "compare_page": {"compare", "data"},
-    "report": {"bundle", "data", "evaluate", "metrics", "plan", "predict", "scores"},
+    "compare_page": {"compare", "data", "metrics"},
+    "report": {"blockwise", "bundle", "data", "evaluate", "metrics", "plan", "predict", "scores", "segmenter", "streaming"},
     "run": {
         "bundle",
         "calibrate",

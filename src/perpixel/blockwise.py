@@ -17,7 +17,7 @@ from perpixel.data.sources import open_page
 from perpixel.data.windows import hole_lines
 from perpixel.losses import cross_entropy
 from perpixel.metrics import Confusion
-from perpixel.scores import Boundaries, CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
+from perpixel.scores import CostShares, Reliability, Scored, Scores, band_width, near_change, pixel_losses
 from perpixel.segmenter import Segmenter
 from perpixel.streaming import ROWS, WAITING, Region, Streamer, ahead
 
@@ -30,6 +30,12 @@ def scored(picture: Picture, pixels: Tensor, labels: Tensor, logits: Tensor, ign
     known = bool((labels != ignore).any())
     loss = cross_entropy(logits[None], labels[None], ignore=ignore).item() if known else float("nan")
     return Scored(picture.name, picture.path, pixels, labels, logits, loss, ignore)
+
+
+def fits(size: tuple[int, int], classes: int) -> bool:
+    """Whether an image of (height, width) is held whole, with its scores."""
+    pixels = size[0] * size[1]
+    return pixels <= WHOLE_PIXELS and 4 * classes * pixels <= WHOLE_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class BlockScorer:
             try:
                 refuse_other_size(pair, source.size, labels.size)
                 image = _Image(pair, self.segmenter.streamer(source, name), labels)
-                found = self._whole(image) if self._fits(source.size) else self._streamed(image, progress)
+                found = self._whole(image) if fits(source.size, len(self.segmenter.classes)) else self._streamed(image, progress)
             finally:
                 labels.close()
         finally:
@@ -79,10 +85,6 @@ class BlockScorer:
         if holes := image.holes():
             self.holes[name] = holes
         return found
-
-    def _fits(self, size: tuple[int, int]) -> bool:
-        pixels = size[0] * size[1]
-        return pixels <= WHOLE_PIXELS and 4 * len(self.segmenter.classes) * pixels <= WHOLE_BYTES
 
     def _whole(self, image: "_Image") -> Scored:
         pixels, logits, labels = image.assembled(len(self.segmenter.classes))
@@ -120,8 +122,7 @@ class BlockScorer:
                 group.add_image(shares)
             elif isinstance(group, Reliability):
                 group.add_image(calibration)
-            elif isinstance(group, Boundaries):
-                group.skip_image()
+        self.gathered.skip_image()
 
 
 class _Image:

@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from perpixel.metrics import ABSENT_RULES, tallies
-from perpixel.metrics.intervals import FEW, Interval, difference, value_mean, values_table
-from perpixel.metrics.tallies import PerImage
+from perpixel.metrics.intervals import FEW, Interval
+from perpixel.metrics.measures import CLASS_TABLES, MEASURES, Measure
 from perpixel.scores import plain
 
 HOW = "Such a file is written by `perpixel evaluate --json-out FILE`, and by `perpixel train` as RUN/evaluation.json."
@@ -29,26 +28,50 @@ NAMED = 5  # images on each side, in the table for people
 
 @dataclass
 class RunScores:
-    """The counts of each image of one run.
+    """What one run's file holds of each image.
 
     Attributes:
-        region: (N, K, 3) pixels of each class.
-        contours: (N, K, 3) contour pixels of each class; None where they were not scored.
-        losses: (N,), NaN where nothing is labelled and infinite where the scores overflowed.
+        tables: name -> (N, *shape), as `metrics.measures` knows it: counts of pixels, contour pixels, segments, and losses (N,), NaN where
+            nothing is labelled and infinite where the scores overflowed.
+        inside: the class that neurite scores took for the inside; "" without any.
     """
 
     name: str
     classes: list[str]
     images: list[str]
-    region: np.ndarray
-    contours: np.ndarray | None
-    losses: np.ndarray
+    tables: dict[str, np.ndarray]
+    inside: str = ""
+
+    @property
+    def region(self) -> np.ndarray:
+        """(N, K, 3) pixels of each class."""
+        return self.tables["region"]
 
     def chosen(self, images: Sequence[int], classes: Sequence[int]) -> "RunScores":
         """Only these images and classes, in this order."""
-        contours = None if self.contours is None else self.contours[np.ix_(images, classes)]
-        names, labels = [self.images[place] for place in images], [self.classes[place] for place in classes]
-        return RunScores(self.name, labels, names, self.region[np.ix_(images, classes)], contours, self.losses[images])
+        tables = {name: table[images][:, list(classes)] if name in CLASS_TABLES else table[images] for name, table in self.tables.items()}
+        return RunScores(
+            self.name, [self.classes[place] for place in classes], [self.images[place] for place in images], tables, self.inside
+        )
+
+
+@dataclass
+class ClassScores:
+    """One score of each class, beside the first run: (K,) of the first, of the second, and the differences."""
+
+    measure: Measure
+    first: np.ndarray
+    second: np.ndarray
+    found: Interval
+
+    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """A row of plain types for each class."""
+        found = self.found
+        real = np.asarray(found.above_zero | found.below_zero).tolist()
+        columns = (self.first, self.second, *(np.asarray(part) for part in (found.value, found.low, found.high)))
+        keys = ("name", "first", "second", "difference", "low", "high", "real")
+        rows = [(name, *map(plain, row), told) for name, told, *row in zip(classes, real, *columns, strict=True)]
+        return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 @dataclass
@@ -56,11 +79,10 @@ class Pairing:
     """A run beside the first one.
 
     Attributes:
-        differences: score -> this run's minus the first's, with its interval; "iou" is that of each class, (K,). A lower "cost" is better.
-        values: score -> of the first and of this run.
-        iou: of each class, (K,) of the first and of this run.
+        differences: name of a measure -> this run's score minus the first's, with its interval.
+        values: the same -> of the first and of this run.
+        by_class: the same -> scores of each class, of the measures that have them; "miou" stands for IoU.
         wins: image -> difference of its own mIoU, where the two are not equal.
-        holding: (K,) in how many images the truth has a class.
     """
 
     first: str
@@ -70,9 +92,8 @@ class Pairing:
     absent: str
     differences: dict[str, Interval]
     values: dict[str, tuple[float, float]]
-    iou: tuple[np.ndarray, np.ndarray]
+    by_class: dict[str, ClassScores]
     wins: dict[str, float]
-    holding: np.ndarray
     notes: list[str]
 
     @property
@@ -89,11 +110,6 @@ class Pairing:
 
     def to_json(self) -> dict[str, Any]:
         """Plain types; None where there is no number."""
-        iou = self.differences["iou"]
-        columns = (*self.iou, *(np.asarray(part) for part in (iou.value, iou.low, iou.high)))
-        real = np.asarray((iou.above_zero | iou.below_zero) & (self.holding >= FEW)).tolist()
-        keys = ("name", "first", "second", "difference", "low", "high", "real")
-        rows = [(name, *map(plain, row), told) for name, told, *row in zip(self.classes, real, *columns, strict=True)]
         won = sorted(self.wins, key=lambda name: -self.wins[name])
         return {
             "first": self.first,
@@ -102,6 +118,9 @@ class Pairing:
             "absent_rule": ABSENT_RULES[self.absent],
             "scores": {
                 name: {
+                    "words": MEASURES[name].words,
+                    "unit": MEASURES[name].unit,
+                    "less_is_better": MEASURES[name].less,
                     "first": plain(self.values[name][0]),
                     "second": plain(self.values[name][1]),
                     "difference": plain(found.value),
@@ -110,9 +129,9 @@ class Pairing:
                     "real": bool(found.above_zero or found.below_zero),
                 }
                 for name, found in self.differences.items()
-                if name != "iou"
             },
-            "classes": [dict(zip(keys, row, strict=True)) for row in rows],  # IoU
+            "classes": self.by_class["miou"].rows(self.classes),  # IoU
+            "class_scores": {name: part.rows(self.classes) for name, part in self.by_class.items() if name != "miou"},
             "won_by_second": {name: self.wins[name] for name in won if self.wins[name] > 0},
             "won_by_first": {name: -self.wins[name] for name in reversed(won) if self.wins[name] < 0},
             "verdict": self.verdict,
@@ -151,15 +170,19 @@ def read_scores(path: Path) -> RunScores:
     if not isinstance(content, dict) or "per_image" not in content:
         raise ValueError(f"{file}: holds no counts of each image. {HOW}")
     try:
-        stored, losses = content["per_image"], content["losses"]
-        names, classes = stored["names"], [row["name"] for row in content["classes"]]
-        shape = (len(classes), 3)
-        region = PerImage.unpacked(shape, names, stored["region"]).table
-        contours = PerImage.unpacked(shape, names, stored["contours"]).table if "contours" in stored else None
-        values = np.array([np.inf if (loss := losses.get(name, np.nan)) is None else loss for name in names], np.float64)
+        stored, losses = dict(content["per_image"]), content["losses"]
+        names, classes = stored.pop("names"), [row["name"] for row in content["classes"]]
+        tables = {}
+        for name, part in stored.items():
+            shape, rows = ((len(classes), 3), part) if isinstance(part, list) else (part["shape"], part["rows"])
+            tables[name] = tallies.unpacked(shape, names, rows)
+        tables["losses"] = np.array([np.inf if (loss := losses.get(name, np.nan)) is None else loss for name in names], np.float64)
+        inside = content.get("neurite", {}).get("inside", "")
+        if "region" not in tables:
+            raise ValueError("there are no counts of pixels")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its scores are damaged: {error}. {HOW}") from None
-    return RunScores(str(path), classes, names, region, contours, values)
+    return RunScores(str(path), classes, names, tables, inside)
 
 
 def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
@@ -173,51 +196,56 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
             f"{second.name}: the truth of {len(unlike)} images is not that of {first.name}, such as {one.images[unlike[0]]}: "
             "other masks, or another label map. Score both on the same"
         )
-    differences, values = {}, {}
-    for name, score, tables in _measures(one, two, absent):
-        differences[name] = difference(*tables, score)
-        if name != "iou":
-            values[name] = (float(score(tables[0].sum(0))), float(score(tables[1].sum(0))))
-    if "cost" not in differences:
-        notes.append("the cost is not compared: the scores of some images overflowed")
-    holding = tallies.holding(one.region)
-    iou = (tallies.iou(one.region.sum(0)), tallies.iou(two.region.sum(0)))
+    measures = _shared(one, two, notes)
+    pairs = {name: (one.tables[measure.table], two.tables[measure.table]) for name, measure in measures.items()}
+    by_class = {
+        name: ClassScores(measure, *measure.class_differences(*pairs[name], absent))
+        for name, measure in measures.items()
+        if measure.bind_classes is not None
+    }
+    notes += _missed(pairs["assd"]) if "assd" in pairs else []
     own = tallies.miou(two.region, absent) - tallies.miou(one.region, absent)
-    wins = {name: float(gain) for name, gain in zip(one.images, own, strict=True) if gain and np.isfinite(gain)}
-    return Pairing(first.name, second.name, one.classes, len(one.images), absent, differences, values, iou, wins, holding, notes)
+    return Pairing(
+        first.name,
+        second.name,
+        one.classes,
+        len(one.images),
+        absent,
+        differences={name: measure.difference(*pairs[name], absent) for name, measure in measures.items()},
+        values={name: measure.values(*pairs[name], absent) for name, measure in measures.items()},
+        by_class=by_class,
+        wins={name: float(gain) for name, gain in zip(one.images, own, strict=True) if gain and np.isfinite(gain)},
+        notes=notes,
+    )
 
 
-def _measures(
-    one: RunScores, two: RunScores, absent: str
-) -> list[tuple[str, Callable[[np.ndarray], np.ndarray], tuple[np.ndarray, np.ndarray]]]:
-    """Name, score of summed counts, and the tables of both runs."""
-    whole = one.region.sum(0)  # the truth of both is the same
-    region = (one.region, two.region) if absent != "union" else (_with_stray(one.region), _with_stray(two.region))
-    scores: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixel_accuracy": tallies.pixel_accuracy, "fwiou": tallies.fwiou}
-    for name, mean in tallies.MEANS.items():
-        scores[name] = partial(_mean_of_resamples, mean, whole, absent)
-    scores["iou"] = lambda sums: tallies.iou(tallies.without_missed(sums, whole))
-    found = [(name, scores[name], region) for name in ("miou", "pixel_accuracy", "mean_accuracy", "fwiou", "mean_dice", "iou")]
-    if one.contours is not None and two.contours is not None:
-        per_image = [tallies.class_mean(tallies.dice(table), table) for table in (one.contours, two.contours)]
-        # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.
-        found.append(("bf", value_mean, (values_table(per_image[0]), values_table(per_image[1]))))
-    if not np.isinf([one.losses, two.losses]).any():
-        found.append(("cost", value_mean, (values_table(one.losses), values_table(two.losses))))
-    return found
+def _shared(one: RunScores, two: RunScores, notes: list[str]) -> dict[str, Measure]:
+    """The measures that both files have all for; says why some that are in one or both can't be compared."""
+    found = {name: measure for name, measure in MEASURES.items() if measure.table in one.tables and measure.table in two.tables}
+    lone = sorted({measure.words for measure in MEASURES.values() if (measure.table in one.tables) != (measure.table in two.tables)})
+    if lone:
+        notes.append(f"scored in one of the two only, and not compared: {', '.join(lone)}")
+    if np.isinf([one.tables["losses"], two.tables["losses"]]).any():
+        notes.append("the cost is not compared: the scores of some images overflowed")
+        del found["cost"]
+    if one.inside != two.inside and one.inside and two.inside:
+        notes.append(f"neurite scores are not compared: one took {one.inside}, the other {two.inside} for the inside")
+    whole = {name for name, measure in found.items() if measure.by_class or measure.table == "losses"}
+    same = {name for name, measure in found.items() if one.tables[measure.table].shape == two.tables[measure.table].shape}
+    return {name: found[name] for name in found if name in same and (name in whole or one.inside == two.inside)}
 
 
-def _mean_of_resamples(mean: Callable[..., np.ndarray], whole: np.ndarray, absent: str, sums: np.ndarray) -> np.ndarray:
-    if absent == "zero":
-        return tallies.of_resamples(mean, sums, whole, absent)
-    return mean(tallies.without_missed(sums, whole), absent)
-
-
-def _with_stray(region: np.ndarray) -> np.ndarray:
-    """Classes that a run predicts and no truth has are predicted in every image, so that they are 0 in every resample."""
-    whole = region.sum(0)
-    stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
-    return np.where(stray[:, None] & (np.arange(3) == 2), np.maximum(region, 1), region)
+def _missed(pair: tuple[np.ndarray, np.ndarray]) -> list[str]:
+    """Says on how much less than each run's own images surface distances are compared."""
+    one, two = (table[:, :, 0, 1] > 0 for table in pair)
+    lone = ", ".join(
+        f"{count} only in the {which}" for which, count in (("first", (one & ~two).sum()), ("second", (two & ~one).sum())) if count
+    )
+    return (
+        [f"surface distances are compared where both runs find a class that is there; not counted are images times classes: {lone}"]
+        if lone
+        else []
+    )
 
 
 def _in_both(
@@ -282,25 +310,23 @@ def render(pairings: Sequence[Pairing], console: Console) -> None:
 def _score_table(content: Mapping[str, Any]) -> Table:
     table = Table("score", "first", "second", "difference", "95 %")
     for name, row in content["scores"].items():
-        digits, unit = (4, 1) if name == "cost" else (2, 100)
-        values = [None if row[key] is None else unit * row[key] for key in ("first", "second", "difference", "low", "high")]
-        one, two = ("-" if value is None else f"{value:.{digits}f}" for value in values[:2])
-        table.add_row(name.replace("_", " "), one, two, *_signed(values[2:], digits))
+        measure = MEASURES[name]
+        unit = f" ({measure.unit})" if measure.unit not in ("", "points") else ""
+        table.add_row(f"{measure.words}{unit}", measure.text(row["first"]), measure.text(row["second"]), *_signed(measure, row))
     return _right(table)
 
 
 def _class_table(content: Mapping[str, Any]) -> Table:
     table = Table("class", "IoU: difference", "95 %", "real")
     for row in content["classes"]:
-        values = [None if row[key] is None else 100 * row[key] for key in ("difference", "low", "high")]
-        table.add_row(escape(row["name"]), *_signed(values, 2), "yes" if row["real"] else "")
+        table.add_row(escape(row["name"]), *_signed(MEASURES["miou"], row), "yes" if row["real"] else "")
     return _right(table)
 
 
-def _signed(values: Sequence[float | None], digits: int) -> tuple[str, str]:
-    value, low, high = values
-    between = "-" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
-    return "-" if value is None else f"{value:+.{digits}f}", between
+def _signed(measure: Measure, row: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = row["low"], row["high"]
+    between = "-" if low is None or high is None else f"{measure.text(low, '+')} to {measure.text(high, '+')}"
+    return measure.text(row["difference"], "+"), between
 
 
 def _right(table: Table) -> Table:

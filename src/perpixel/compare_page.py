@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from perpixel import __version__
 from perpixel.data.writing import replacing
+from perpixel.metrics.measures import MEASURES, Measure
 
 if TYPE_CHECKING:
     from perpixel.compare import Pairing
 
+UNITS = {"points": "score (points)", "nats": "loss (nats)", "pixels": "distance (pixels)", "": "neurites"}
 WIDTH, HEIGHT = 260, 18  # of the drawing of an interval, in CSS pixels
 
 PAGE = """<!doctype html>
@@ -42,6 +44,7 @@ li { overflow-wrap: anywhere; }
 <h2>{{ pair.verdict }}</h2>
 {% for note in pair.notes %}<p class="soft">{{ note }}</p>{% endfor %}
 {% for table in pair.tables %}
+{% if table.folded %}<details><summary>{{ table.title }}</summary>{% endif %}
 <div class="scroll"><table>
 <tr><th>{{ table.title }}</th><th>first</th><th>second</th><th>difference</th><th>95 %</th>
 <th style="text-align: center"><span class="soft">worse | better</span></th></tr>
@@ -53,6 +56,7 @@ li { overflow-wrap: anywhere; }
 <circle class="{{ row.side }}" cx="{{ row.drawn[1] }}" cy="{{ height / 2 }}" r="4"/></svg>{% endif %}</td></tr>
 {% endfor %}
 </table></div>
+{% if table.folded %}</details>{% endif %}
 {% endfor %}
 {% for who, won in pair.won %}
 <details><summary>{{ who }} is better on {{ won | length }} of {{ pair.images }} images</summary>
@@ -61,8 +65,8 @@ li { overflow-wrap: anywhere; }
 <p class="soft">{{ pair.absent_rule }} Of twenty classes that do not differ, one interval will leave zero out by chance.</p>
 {% endfor %}
 <p class="soft">Differences are the second run's minus the first's; 95 % intervals from 1,000 bootstrap resamples of the images, the same
-for both runs. Points are hundredths; cost is in nats, and less of it is better. Blue: the whole interval is better; orange: worse; grey:
-it holds zero. perpixel {{ version }}</p>
+for both runs. Points are hundredths. Less is better of errors, distances and cost, and drawn to the right. Blue: the whole interval is
+better; orange: worse; grey: it holds zero, or fewer than six images have a say. perpixel {{ version }}</p>
 </body>
 </html>
 """
@@ -80,37 +84,49 @@ def write_page(pairings: "Sequence[Pairing]", path: Path) -> None:
 
 
 def _content(told: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"miou": "mIoU", "bf": "BF", "fwiou": "frequency-weighted IoU", "mean_dice": "mean Dice"}
-    scores = [(names.get(name, name.replace("_", " ")), row) for name, row in told["scores"].items() if name != "cost"]
-    classes = [(row["name"], row) for row in told["classes"]]
-    tables = [{"title": "score", "rows": _rows(scores)}, {"title": "IoU of class", "rows": _rows(classes)}]
-    if "cost" in told["scores"]:
-        tables.insert(1, {"title": "loss", "rows": _rows([("cost", told["scores"]["cost"])], unit=1, digits=4, better=-1)})
     sides = ((told["second"], told["won_by_second"]), (told["first"], told["won_by_first"]))
     won = [(who, [(name, f"{100 * gain:.1f}") for name, gain in images.items()]) for who, images in sides]
+    kinds: dict[str, list[str]] = {}
+    for name in told["scores"]:
+        kinds.setdefault(UNITS[MEASURES[name].unit], []).append(name)
+    tables = [
+        # Neurite scores have sizes of their own: a warping error would not be seen beside a Rand error.
+        {
+            "title": title,
+            "folded": False,
+            "rows": [
+                row
+                for part in ([[name] for name in names] if title == "neurites" else [names])
+                for row in _rows([(MEASURES[name], MEASURES[name].words, told["scores"][name]) for name in part])
+            ],
+        }
+        for title, names in kinds.items()
+    ]
+    iou = MEASURES["miou"]
+    tables.append({"title": "IoU of class", "folded": False, "rows": _rows([(iou, row["name"], row) for row in told["classes"]])})
+    for name, rows in told["class_scores"].items():
+        words = "accuracy" if name == "mean_accuracy" else MEASURES[name].words
+        tables.append({"title": f"{words} of class", "folded": True, "rows": _rows([(MEASURES[name], row["name"], row) for row in rows])})
     return {**told, "tables": tables, "won": won}
 
 
-def _rows(named: Sequence[tuple[str, Mapping[str, Any]]], unit: int = 100, digits: int = 2, better: int = 1) -> list[dict[str, Any]]:
-    """Rows as text, and where their intervals lie in a drawing that all of a table share, better to the right."""
-    bounds = [abs(row[key]) for _, row in named for key in ("low", "difference", "high") if row[key] is not None]
+def _rows(named: Sequence[tuple[Measure, str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows as text, and where their intervals lie in a drawing that all of them share, better to the right."""
+    bounds = [abs(row[key]) for _, _, row in named for key in ("low", "difference", "high") if row[key] is not None]
     scale = (WIDTH / 2 - 6) / max([*bounds, 1e-9])
 
-    def text(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{unit * value:{sign}.{digits}f}"
-
     rows = []
-    for name, row in named:
+    for measure, name, row in named:
         ends = [row[key] for key in ("low", "difference", "high")]
         known = None not in ends
-        gain = [better * end for end in (ends if better > 0 else ends[::-1])] if known else []
+        gain = ([-end for end in ends[::-1]] if measure.less else ends) if known else []
         rows.append(
             {
                 "name": name,
-                "first": text(row["first"]),
-                "second": text(row["second"]),
-                "difference": text(row["difference"], "+"),
-                "between": f"{text(row['low'], '+')} to {text(row['high'], '+')}" if known else "-",
+                "first": measure.text(row["first"]),
+                "second": measure.text(row["second"]),
+                "difference": measure.text(row["difference"], "+"),
+                "between": f"{measure.text(row['low'], '+')} to {measure.text(row['high'], '+')}" if known else "-",
                 "drawn": [round(WIDTH / 2 + scale * end, 1) for end in gain],
                 "side": "open" if not row["real"] else "up" if gain[0] > 0 else "down",
             }

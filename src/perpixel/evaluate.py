@@ -23,7 +23,8 @@ from perpixel.data.layouts import Pair, find_layout
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.metrics import ABSENT_RULES, Confusion, tallies
-from perpixel.metrics.intervals import Interval, interval, value_mean, values_table
+from perpixel.metrics.intervals import Interval, interval
+from perpixel.metrics.measures import COST
 from perpixel.metrics.region import Region
 from perpixel.models.model import SegmentationModel
 from perpixel.score_tables import render
@@ -78,14 +79,14 @@ class Evaluation:
             found |= {"pixel_accuracy": tallies.pixel_accuracy(sums), "fwiou": tallies.fwiou(sums)}
             return np.concatenate([np.stack([found[name] for name in names], -1), tallies.iou(tallies.without_missed(sums, whole))], -1)
 
-        every = interval(images.table, scores_of)
+        held = np.concatenate([np.full(len(names), len(images)), tallies.holding(images.table)])
+        every = interval(images.table, scores_of, held=held, bounds=(0, 1))
         value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
-        found = {name: Interval(value[k], low[k], high[k], every.level, every.images) for k, name in enumerate(names)}
-        lone = tallies.holding(images.table) < 2  # one image tells nothing of others
-        low, high = (np.where(lone, np.nan, part[len(names) :]) for part in (low, high))
-        found["iou"] = Interval(value[len(names) :], low, high, every.level, every.images)
+        found = {name: Interval(value[k], low[k], high[k], every.level, len(images)) for k, name in enumerate(names)}
+        value, low, high, held = (part[len(names) :] for part in (value, low, high, held))
+        found["iou"] = Interval(value, low, high, every.level, held)
         losses = np.array(list(self.losses.values()))
-        found["cost"] = interval(values_table(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan)), value_mean)
+        found["cost"] = COST.interval(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan), absent)
         return found if self.scores is None else found | self.scores.intervals(absent)
 
     def to_json(self) -> dict[str, Any]:
@@ -114,12 +115,12 @@ class Evaluation:
 
         One line for each key: text for people and short for programs.
         """
-        content = self.to_json()
-        boundaries = None if self.scores is None else self.scores.boundaries
-        content["per_image"] = {
-            "names": self.region.images.names,
-            "region": self.region.images.packed(),
-            **({} if boundaries is None else {"contours": boundaries.contours.images.packed()}),
+        content, names = self.to_json(), self.region.images.names
+        tables = {"region": self.region.images.table, **({} if self.scores is None else self.scores.tables())}
+        own = (len(self.classes), 3)  # the shape of most, which is not written
+        content["per_image"] = {"names": names} | {
+            name: tallies.packed(table) if table.shape[1:] == own else {"shape": table.shape[1:], "rows": tallies.packed(table)}
+            for name, table in tables.items()
         }
         lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
         path.parent.mkdir(parents=True, exist_ok=True)

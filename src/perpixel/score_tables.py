@@ -107,9 +107,18 @@ def _group_lines(content: Mapping[str, Any]) -> list[str]:
     if "neurite" in content:
         found = content["neurite"]
         names = ("pixel_error", "warping_error", "rand_error", "v_rand", "v_info", "seg")
-        numbers = "   ".join(f"{name.replace('_', ' ')} {_number(found[name])}" for name in names)
+        numbers = "   ".join(f"{name.replace('_', ' ')} {_number(found[name], 6 if name == 'warping_error' else 4)}" for name in names)
         lines.append(f"segments of '{escape(found['inside'])}': {numbers}   F1 at IoU 0.5 {_number(found['f1']['0.5'])}")
+        lines.append(f"as the boards of the EM challenge have them, best of thresholds: {_board_words(found['board']['best'])}")
     return lines
+
+
+def _board_words(best: Mapping[str, Any]) -> str:
+    words = []
+    for name, row in best.items():
+        at = "" if row["threshold"] is None else f" (at {row['threshold']:g})"
+        words.append(f"{name.replace('_', ' ')} {_number(row['value'], 6 if name == 'warping_error' else 4)}{at}")
+    return "   ".join(words)
 
 
 def _calibration_lines(found: Mapping[str, Any]) -> list[str]:

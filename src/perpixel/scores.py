@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perpixel.metrics import tallies
 from perpixel.metrics.calibration import Calibration
-from perpixel.metrics.intervals import Interval, interval, value_mean, values_table
+from perpixel.metrics.intervals import Interval, values_table
+from perpixel.metrics.measures import MEASURES, TRIMAP_KEPT
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,12 @@ class Boundaries:
         from perpixel.metrics.bands import BoundaryIoU, Trimap  # numba loads only where it is needed
         from perpixel.metrics.boundary import BoundaryF
 
-        self.contours, self.trimap, self.bands = BoundaryF(classes), Trimap(classes), BoundaryIoU(classes)
+        self.contours, self.trimap, self.bands = BoundaryF(classes), Trimap(classes, kept=TRIMAP_KEPT), BoundaryIoU(classes)
 
     def update(self, seen: Scored, labels: np.ndarray, predicted: np.ndarray) -> None:
         """Add one image."""
         for part in (self.contours, self.trimap, self.bands):
             part.update(labels, predicted, seen.ignore)
-
-    def skip_image(self) -> None:
-        """Note an image that is not scored: without contours it counts nowhere, and the images stay in step with those of the region."""
-        self.contours.images.add(np.zeros(self.contours.images.shape, np.int64))
 
     def merge(self, other: Self) -> None:
         """Append the images of another one."""
@@ -166,13 +162,11 @@ class Boundaries:
             },
         }
 
-    def intervals(self, absent: str) -> dict[str, Interval]:
-        """Those of BF and Boundary IoU."""
-        images = self.bands.images
-        return {
-            "bf": interval(values_table(self.contours.per_image), value_mean),
-            "boundary_iou": interval(images.table, lambda sums: tallies.of_resamples(tallies.miou, sums, images.total, absent)),
-        }
+    def tables(self) -> dict[str, np.ndarray]:
+        """Contours, inner bands, and three of the trimap's bands, as `metrics.measures` names them."""
+        widths = zip(self.trimap.kept, np.moveaxis(self.trimap.images.table, 1, 0), strict=True)
+        found = {"contours": self.contours.images.table, "bands": self.bands.images.table}
+        return found | {f"trimap_{width}": table for width, table in widths}
 
 
 class Surfaces:
@@ -201,6 +195,10 @@ class Surfaces:
             "missed_classes": found.missed.tolist(),
             "invented_classes": found.invented.tolist(),
         }
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Both distances of each image and class."""
+        return {"surface": values_table(self.distances.table)}
 
 
 class Reliability:
@@ -256,11 +254,13 @@ class Reliability:
 class Neurites:
     """Scores of cells or neurites in a set of two classes: the inside and what parts them. Segments are 4-connected parts of the inside.
 
-    A pixel without truth is outside in both.
+    They are of the most probable class, and, as the boards of the EM challenge have them, the best over thresholds of the probability of
+    the inside. A pixel without truth is outside in both.
     """
 
     def __init__(self, classes: Sequence[str], inside: int) -> None:
         from perpixel.metrics.segments import Objects, Segments
+        from perpixel.metrics.thresholds import Board
         from perpixel.metrics.warping import Warping
 
         if len(classes) != 2:
@@ -268,24 +268,28 @@ class Neurites:
                 f"neurite scores need two classes, the inside and what parts it; there are {len(classes)}: {', '.join(classes)}"
             )
         self.inside, self.name = inside, classes[inside]
-        self.segments, self.objects, self.warping = Segments(), Objects(), Warping()
+        self.segments, self.objects, self.warping, self.board = Segments(), Objects(), Warping(), Board()
 
     def update(self, seen: Scored, labels: np.ndarray, predicted: np.ndarray) -> None:
         """Add one image."""
         from perpixel.metrics.segments import segments_of
 
-        truth = labels == self.inside
-        guess = (predicted == self.inside) & (labels != seen.ignore)
+        truth, known = labels == self.inside, labels != seen.ignore
+        guess = (predicted == self.inside) & known
         true_segments, segments = segments_of(truth), segments_of(guess)
         self.segments.update(true_segments, segments)
         self.objects.update(true_segments, segments)
-        self.warping.update(truth, guess, labels != seen.ignore)
+        self.warping.update(truth, guess, known)
+        # Where scores overflowed nothing is inside.
+        probability = seen.logits.softmax(0)[self.inside].nan_to_num(0.0).clamp(0, 1)
+        self.board.update(truth, probability, known)
 
     def merge(self, other: Self) -> None:
         """Append the images of another one."""
         self.segments.merge(other.segments)
         self.objects.merge(other.objects)
         self.warping.merge(other.warping)
+        self.board.merge(other.board)
 
     def to_json(self, absent: str) -> dict[str, Any]:
         """Every score, with the name of the class that is inside."""
@@ -297,12 +301,24 @@ class Neurites:
             **{name: plain(value) for name, value in self.segments.means().items()},
             "seg": plain(self.objects.seg),
             "f1": {f"{threshold:g}": plain(value) for threshold, value in f1},
+            "board": {
+                "thresholds": list(self.board.thresholds),
+                **{name: plain(curve) for name, curve in self.board.curves().items()},
+                "best": {name: {"value": plain(value), "threshold": plain(at)} for name, (value, at) in self.board.best().items()},
+            },
         }
 
-    def intervals(self, absent: str) -> dict[str, Interval]:
-        """Those of the scores that are means over images."""
-        places = {"rand_error": 0, "v_rand": 1, "v_info": 4}
-        return {name: interval(values_table(self.segments.table[:, place]), value_mean) for name, place in places.items()}
+    def tables(self) -> dict[str, np.ndarray]:
+        """What each score is computed from, of the most probable class and on the board."""
+        objects = self.objects.images.table[:, :3]  # true, predicted, pairs at IoU 0.5
+        return {
+            "flips": self.warping.images.table,
+            "segments": values_table(self.segments.table[:, [0, 1, 4]]),
+            "objects": np.concatenate([objects, np.reshape(self.objects.overlaps, (-1, 1))], 1),
+            "board_pairs": self.board.pairs.table,
+            "board_pixels": self.board.pixels.table,
+            "board_thinned": values_table(self.board.thinned),
+        }
 
 
 GROUPS = ("cost", "boundary", "surface", "calibration", "neurite")
@@ -332,16 +348,23 @@ class Scores:
             "neurite": lambda: Neurites(classes, place),
         }
         self.groups: dict[str, Group] = {name: makers[name]() for name in GROUPS if name in groups}
+        self._seen: list[bool] = []  # whether each image was seen whole, and is in the groups' tables
 
     def __call__(self, seen: Scored) -> None:
         """Add one image to every group."""
+        self._seen.append(True)
         if self.groups:
             labels, predicted = seen.labels.cpu().numpy(), seen.logits.argmax(0).cpu().numpy()
             for group in self.groups.values():
                 group.update(seen, labels, predicted)
 
+    def skip_image(self) -> None:
+        """Note an image that was scored block by block: it counts in no table, which stay in step with those of the region."""
+        self._seen.append(False)
+
     def merge(self, other: "Scores") -> None:
         """Add what another process gathered of the same groups."""
+        self._seen += other._seen
         for name, group in self.groups.items():
             group.merge(other.groups[name])
 
@@ -349,19 +372,25 @@ class Scores:
         """Group -> its scores in plain types; where the cost lies under "cost_shares", because "cost" is the cost itself."""
         return {"cost_shares" if name == "cost" else name: group.to_json(absent) for name, group in self.groups.items()}
 
-    def intervals(self, absent: str = "union") -> dict[str, Interval]:
-        """Score -> its interval over the images, of the groups that keep counts of each image."""
-        found: dict[str, Interval] = {}
-        for group in self.groups.values():
-            if isinstance(group, Boundaries | Neurites):
-                found |= group.intervals(absent)
+    def tables(self) -> dict[str, np.ndarray]:
+        """Name -> (N, *shape) of what is kept of each image, as `metrics.measures` knows it; 0 for images that were not seen whole."""
+        found = {}
+        for name, rows in self._rows().items():
+            found[name] = np.zeros((len(self._seen), *rows.shape[1:]), rows.dtype)
+            found[name][self._seen] = rows
         return found
 
-    @property
-    def boundaries(self) -> Boundaries | None:
-        """The group of boundary scores, which has intervals and counts of each image."""
-        found = self.groups.get("boundary")
-        return found if isinstance(found, Boundaries) else None
+    def intervals(self, absent: str = "union") -> dict[str, Interval]:
+        """Score -> its interval over the images, of the groups that keep counts of each image."""
+        rows = self._rows()
+        return {name: measure.interval(rows[measure.table], absent) for name, measure in MEASURES.items() if measure.table in rows}
+
+    def _rows(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for group in self.groups.values():
+            if isinstance(group, Boundaries | Surfaces | Neurites):
+                found |= group.tables()
+        return found
 
 
 def parse_groups(text: str) -> tuple[str, ...]:

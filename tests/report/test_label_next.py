@@ -1,10 +1,19 @@
 """What to label next: uncertain, and unlike what is chosen already."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import tifffile
 import torch
 
+from perpixel import blockwise, budget
+from perpixel.bundle import load_bundle
+from perpixel.data.images import Picture
+from perpixel.report.glance import glance, glance_at, glance_at_blocks
 from perpixel.report.label_next import choose, descriptor, evenly, propose
+from perpixel.report.thumbnails import shrunk
+from perpixel.segmenter import Segmenter
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
 
@@ -49,9 +58,9 @@ def test_descriptors_of_like_images_lie_nearer_than_those_of_unlike_ones():
     near = (image.astype(int) + random.integers(-3, 4, image.shape)).clip(0, 255).astype(np.uint8)
     other = 255 - image
     even, one = torch.full((3, 40, 40), 1 / 3), torch.eye(3)[0][:, None, None].expand(3, 40, 40)
-    here = descriptor(image, even)
-    assert np.linalg.norm(here - descriptor(near, even)) < 0.1 * np.linalg.norm(here - descriptor(other, even))
-    assert np.linalg.norm(here - descriptor(image, one)) > 0.5
+    here, alike, unlike = (descriptor(glance_at(shown, even.log(), "a")) for shown in (image, near, other))
+    assert np.linalg.norm(here - alike) < 0.1 * np.linalg.norm(here - unlike)
+    assert np.linalg.norm(here - descriptor(glance_at(image, 50 * one, "a"))) > 0.5
 
 
 def test_proposals_are_the_images_of_least_certain_logits_and_damaged_ones_are_named():
@@ -63,7 +72,7 @@ def test_proposals_are_the_images_of_least_certain_logits_and_damaged_ones_are_n
             raise ValueError("e.png: is damaged")
         logits = torch.zeros(3, 20, 30)
         logits[index % 3] = sureness[index]
-        return images[index], logits
+        return glance_at(images[index], logits, "abcde"[index])
 
     proposals, damaged = propose(list("abcde"), read, COLORS, count=2)
     assert [proposal.name for proposal in proposals] == ["d", "b"]
@@ -79,8 +88,38 @@ def test_many_images_are_thinned_evenly():
 
     def read(index):
         looked.append(index)
-        return np.zeros((1, 8, 8), np.uint8), torch.zeros(2, 8, 8)
+        return glance_at(np.zeros((1, 8, 8), np.uint8), torch.zeros(2, 8, 8), str(index))
 
     propose([str(n) for n in range(1000)], read, COLORS[:2], count=1, limit=10)
     assert len(set(looked)) == 10
     assert max(looked) == 900
+
+
+def test_a_large_image_is_looked_at_block_by_block_as_in_one_piece_and_kept_small(make_bundle, tmp_path, monkeypatch):
+    """Of 301x422 pixels, in blocks of 96: numbers, means of the pixels that fall on each small one, and classes at their middles."""
+    monkeypatch.setattr("perpixel.segmenter.WHOLE", 0)
+    monkeypatch.setattr(budget, "WHOLE", 0)
+    monkeypatch.setattr(budget, "SIDE", 96)
+    segmenter = Segmenter(load_bundle(make_bundle(tile=64, overlap=16)))
+    pixels = np.random.default_rng(4).integers(0, 256, (301, 422, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", tile=(64, 64))
+    picture = Picture(tmp_path / "a.tif")
+    whole = glance(segmenter, picture)
+    monkeypatch.setattr(blockwise, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr("perpixel.report.glance.glance_at_blocks", partial(glance_at_blocks, side=100))
+    blocks = glance(segmenter, picture)
+    assert blocks.size == whole.size == (301, 422)
+    assert blocks.pixels.shape == (3, 71, 100)
+    assert blocks.uncertainty == pytest.approx(whole.uncertainty, rel=1e-5)
+    np.testing.assert_allclose(blocks.shares, whole.shares, rtol=1e-5)
+    rows, columns = np.arange(301) * 71 // 301, np.arange(422) * 100 // 422
+    for row, column in ((0, 0), (35, 50), (70, 99), (22, 23)):
+        there = np.ix_(rows == row, columns == column)
+        assert blocks.entropy[row, column] == pytest.approx(whole.entropy[there].mean(), rel=1e-5)
+        np.testing.assert_allclose(blocks.pixels[:, row, column], [band[there].mean() for band in whole.pixels], atol=0.51)
+    np.testing.assert_array_equal(blocks.guess, shrunk(whole.guess, 100))
+
+
+def test_scores_that_overflow_are_told_and_the_image_left_out():
+    with pytest.raises(ValueError, match=r"a\.png: its scores overflowed"):
+        glance_at(np.zeros((1, 4, 4), np.uint8), torch.full((2, 4, 4), torch.inf), "a.png")

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from report_scenes import COLORS, stream
 
 from perpixel.evaluate import Evaluation
@@ -18,7 +19,7 @@ from perpixel.report.facts import commands, read_run
 from perpixel.report.findings import Findings
 from perpixel.report.label_next import Proposal
 from perpixel.report.page import BUDGET, Content, render_page
-from perpixel.scores import DEFAULT_GROUPS, Scores
+from perpixel.scores import DEFAULT_GROUPS, Scored, Scores
 
 CLASSES = ["<b>&", '$x_1$ "quoted"', "</script><script>throw 1</script>"]
 HOSTILE = "'\"><img src=x onerror=\"console.error('escaped')\">"
@@ -176,6 +177,55 @@ def test_plots_keep_names_as_they_are_and_take_the_ink_of_the_page():
     assert "currentColor" in svg
     assert figures.INK not in svg
     assert figures.learning_curves([]) == ""
+
+
+def test_names_in_letters_that_our_font_lacks_are_kept_without_a_word(recwarn):
+    """The browser's fonts draw them."""
+    svg = figures.confusion_matrix(np.array([[5, 1], [0, 4]]), ["膜", "細胞"])
+    assert "細胞" in svg
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def squeezed(text):
+    """Without spaces, which do not stand between the cells of a table."""
+    return "".join(text.split())
+
+
+def test_the_confusion_matrix_stands_there_in_words_too(html, content):
+    """Beside a loop over the matrix."""
+    text = squeezed(Page(html).text)
+    for k, row in enumerate(content.scores["confusion"]):
+        others = sorted(((n / sum(row), CLASSES[j]) for j, n in enumerate(row) if j != k and n >= sum(row) / 100), key=lambda o: -o[0])
+        taken = ", ".join(f"{name} {100 * share:.1f} %" for share, name in others)
+        assert squeezed(f"{CLASSES[k]} {sum(row):,} {100 * row[k] / sum(row):.1f} % {taken}") in text
+    assert squeezed("The matrix as a table of words") in text
+
+
+def test_distances_neurite_scores_and_damaged_pieces_stand_there_when_there_are_any(content):
+    """Scores of two classes with a piece of an image missing; and none of it on the other page."""
+    made, scores = Evaluation(Region(2), ["membrane", "cell"]), Scores(("surface", "neurite"), ["membrane", "cell"])
+    for number in range(4):
+        labels = torch.from_numpy(np.random.default_rng(number).integers(0, 2, (6, 6)).repeat(6, 0).repeat(6, 1))
+        logits = 3.0 * torch.eye(2)[labels.roll(1, 0)].movedim(-1, 0)
+        made.region.update(labels, logits.argmax(0), 255, f"{number}")
+        made.losses[f"{number}"] = 0.1
+        scores(Scored(f"{number}", None, torch.zeros(1, 36, 36), labels, logits, 0.1, 255))
+    made.scores, made.holes = scores, {"a.tif": [f"a.tif: rows 0 to 64 {HOSTILE}"]}
+    empty = {"confusions": [], "atlas": [], "suspects": [], "proposals": [], "classes": made.classes, "colors": COLORS[:2]}
+    page = Page(render_page(Content(**{**vars(content), **empty, "scores": made.to_json(), "intervals": made.intervals()})))
+    text = squeezed(page.text)
+    found = made.to_json()
+    best = found["neurite"]["board"]["best"]["rand_error"]["value"]
+    low, high = found["intervals"]["board_rand_error"]
+    assert squeezed(f"Rand error, best threshold {best:.4f} {low:.4f} – {high:.4f}") in text
+    assert squeezed(f"adapted Rand error {found['intervals']['rand_error'][0]:.4f} – {found['intervals']['rand_error'][1]:.4f}") in text
+    assert squeezed(f"cell {found['surface']['assd_classes'][1]:.1f} {found['surface']['hausdorff_classes'][1]:.1f} 0 0") in text
+    assert squeezed("Damaged pieces that do not count (1)") in text
+    assert squeezed(f"rows 0 to 64 {HOSTILE}") in text
+    assert not page.all("img", src="x")
+    other = Page(render_page(content)).text
+    assert "Damaged pieces" not in other
+    assert "Surface distances" not in other
 
 
 def test_a_run_folder_with_damaged_files_leaves_out_what_cannot_be_read(tmp_path):

@@ -29,11 +29,11 @@ class Trimap:
     void strips trace the objects). The border of the image is no boundary.
 
     `counts` is int64 (W, K, 3), shared, true and predicted pixels of each class in the band of each width, over the whole set;
-    `images` keeps the same per image where `keep_images`.
+    `images` keeps the same per image of the widths in `kept`.
     """
 
-    def __init__(self, classes: int, widths: Sequence[int] = range(1, 41), around: str = "changes", keep_images: bool = False) -> None:
-        """`widths` are whole pixels, at least 1, rising."""
+    def __init__(self, classes: int, widths: Sequence[int] = range(1, 41), around: str = "changes", kept: Sequence[int] = ()) -> None:
+        """`widths` are whole pixels, at least 1, rising; `kept` are some of them."""
         if classes < 1:
             raise ValueError(f"classes is {classes}; a score needs at least 1")
         if not widths or min(widths) < 1 or list(widths) != sorted(set(widths)):
@@ -43,8 +43,11 @@ class Trimap:
         self.classes = classes
         self.widths = tuple(widths)
         self.around = around
+        if unknown := set(kept) - set(widths):
+            raise ValueError(f"kept has {min(unknown)}, which is not one of the widths {list(widths)}")
+        self.kept = tuple(kept)
         self.counts = np.zeros((len(self.widths), classes, 3), np.int64)
-        self.images = PerImage(self.counts.shape) if keep_images else None
+        self.images = PerImage((len(self.kept), classes, 3))
 
     def update(self, labels: Tensor | np.ndarray, predicted: Tensor | np.ndarray, ignore: int = 255, name: str = "") -> None:
         """Add one image, (H, W) each; errors as in `labelled_pair`."""
@@ -55,18 +58,14 @@ class Trimap:
         rings = _ring_counts(truth, guess, steps_to_change(around, last, border=False), last, self.classes)
         counts = rings.cumsum(0)[np.array(self.widths)]
         self.counts += counts
-        if self.images is not None:
-            self.images.add(counts, name)
+        self.images.add(counts[[self.widths.index(width) for width in self.kept]], name)
 
     def merge(self, other: "Trimap") -> None:
         """Add the counts of another trimap of the same classes, widths and boundaries."""
-        if (other.classes, other.widths, other.around) != (self.classes, self.widths, self.around):
+        if (other.classes, other.widths, other.around, other.kept) != (self.classes, self.widths, self.around, self.kept):
             raise ValueError("cannot merge trimaps of different classes, widths or boundaries")
-        if (self.images is None) != (other.images is None):
-            raise ValueError("cannot merge a trimap that keeps the counts of each image with one that does not")
         self.counts += other.counts
-        if self.images is not None and other.images is not None:
-            self.images.merge(other.images)
+        self.images.merge(other.images)
 
     @property
     def accuracy(self) -> np.ndarray:

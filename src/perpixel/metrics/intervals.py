@@ -3,7 +3,9 @@
 Images are drawn with replacement and the score is computed from the sums of their counts, so a score of the whole set (mIoU) is resampled
 as what it is, and no prediction is looked at again. Sources: percentile intervals, Efron & Tibshirani 1993 ("An introduction to the
 bootstrap"), chapter 13; both runs on the same draws, that is paired, chapter 8; for few images the percentiles are taken further out, as
-Student's t lies further out than the normal distribution, Hesterberg 2015, arXiv:1411.5279, section 4.3 ("expanded percentiles").
+Student's t lies further out than the normal distribution, Hesterberg 2015, arXiv:1411.5279, section 4.3 ("expanded percentiles"). Of
+fewer than FEW images no resample reaches far enough, since none goes beyond the best and the worst of them: there the interval is the
+score with Student's t times the spread of the resamples to either side.
 """
 
 import math
@@ -24,13 +26,14 @@ class Interval:
 
     `value`, `low` and `high` are floats for a single score, and arrays (K,) for a score of each class. Where a class is missing from a
     resampled set, that resample is left out for the class. The bounds are NaN for fewer than two images, which tell nothing of others.
+    `images` is the number that the score rests on, of each class (K,) where that was said.
     """
 
     value: np.ndarray | float
     low: np.ndarray | float
     high: np.ndarray | float
     level: float
-    images: int
+    images: np.ndarray | int
 
     @property
     def above_zero(self) -> np.ndarray | bool:
@@ -43,7 +46,15 @@ class Interval:
         return (self.high < 0) & (self.images >= FEW)
 
 
-def interval(table: np.ndarray, score: Score, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+def interval(
+    table: np.ndarray,
+    score: Score,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    held: np.ndarray | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
     """Interval of a score computed from counts summed over the set.
 
     Args:
@@ -52,12 +63,23 @@ def interval(table: np.ndarray, score: Score, resamples: int = 1000, seed: int =
         resamples: sets drawn.
         seed: same seed, same N: same draws.
         level: in how many cases of all the interval is meant to hold the score of other such images.
+        held: (K,) in how many images each class is (`tallies.holding`), for a score of each class; None: in all.
+        bounds: least and largest value that the score can have.
     """
     drawn = [score(sums) for (sums,) in _resampled(resamples, seed, table)]
-    return _interval(score(table.sum(0)), drawn, level, len(table))
+    return _interval(score(table.sum(0)), drawn, level, len(table), held, bounds)
 
 
-def difference(first: np.ndarray, second: np.ndarray, score: Score, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+def difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    score: Score,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    held: np.ndarray | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
     """Interval of score(second) - score(first) of two runs on the same images, in the same order (`PerImage.paired_with`).
 
     Each resample draws the same images for both, so what makes an image hard or easy for both cancels. Arguments as in `interval`.
@@ -68,7 +90,7 @@ def difference(first: np.ndarray, second: np.ndarray, score: Score, resamples: i
     if first.shape != second.shape:
         raise ValueError(f"counts of shape {first.shape} and {second.shape} cannot be paired; score both runs on the same images")
     drawn = [score(b) - score(a) for a, b in _resampled(resamples, seed, first, second)]
-    return _interval(score(second.sum(0)) - score(first.sum(0)), drawn, level, len(first))
+    return _interval(score(second.sum(0)) - score(first.sum(0)), drawn, level, len(first), held, bounds)
 
 
 def values_table(values: np.ndarray) -> np.ndarray:
@@ -104,20 +126,24 @@ def _resampled(resamples: int, seed: int, *tables: np.ndarray) -> Iterator[tuple
         yield tuple((times @ rows).reshape(size, *shape) for rows in flat)
 
 
-def _interval(value: np.ndarray, blocks: list[np.ndarray], level: float, images: int) -> Interval:
+def _interval(
+    value: np.ndarray, blocks: list[np.ndarray], level: float, images: int, held: np.ndarray | None, bounds: tuple[float, float]
+) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it must lie between 0 and 1 (0.95)")
-    drawn = np.concatenate(blocks)
+    drawn, value = np.concatenate(blocks), np.asarray(value)
     low, high = np.full(drawn.shape[1:], np.nan), np.full(drawn.shape[1:], np.nan)
-    known = ~np.isnan(drawn).all(0) & (images > 1)
-    if known.any():
-        low[known], high[known] = np.nanquantile(drawn[:, known], _tails(level, images), axis=0)
+    counts = np.broadcast_to(images if held is None else held, drawn.shape[1:])
+    for count in np.unique(counts[counts > 1]).tolist():
+        place = (counts == count) & ~np.isnan(drawn).all(0)
+        if not place.any():
+            continue
+        reach = special.stdtrit(count - 1, (1 + level) / 2) * math.sqrt(count / (count - 1))
+        if count < FEW:
+            spread = reach * np.nanstd(drawn[:, place], axis=0)
+            low[place], high[place] = np.clip(value[place] - spread, *bounds), np.clip(value[place] + spread, *bounds)
+        else:
+            low[place], high[place] = np.nanquantile(drawn[:, place], (special.ndtr(-reach), special.ndtr(reach)), axis=0)
     if drawn.ndim == 1:
         return Interval(float(value), float(low), float(high), level, images)
-    return Interval(np.asarray(value), low, high, level, images)
-
-
-def _tails(level: float, images: int) -> tuple[float, float]:
-    """Which quantiles of the resamples bound an interval: those of `level`, further out where the images are few."""
-    reach = special.stdtrit(images - 1, (1 + level) / 2) * math.sqrt(images / (images - 1))
-    return float(special.ndtr(-reach)), float(special.ndtr(reach))
+    return Interval(value, low, high, level, images if held is None else np.asarray(held))

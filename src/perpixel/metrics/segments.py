@@ -14,8 +14,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from perpixel.metrics.pairs import integer_map
+from perpixel.metrics.tallies import PerImage
 
 Map = Tensor | np.ndarray
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # from `overlaps`
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def segments_of(inside: Map, connectivity: int = 4) -> np.ndarray:
     return np.asarray(ndimage.label(mask, ndimage.generate_binary_structure(2, connectivity // 4))[0], np.int32)
 
 
-def overlaps(truth: Map, predicted: Map) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def overlaps(truth: Map, predicted: Map) -> Pairs:
     """Pairs of segments that share pixels.
 
     Args:
@@ -51,22 +53,28 @@ def overlaps(truth: Map, predicted: Map) -> tuple[np.ndarray, np.ndarray, np.nda
     true, guess = integer_map(truth, "truth"), integer_map(predicted, "predicted")
     if true.shape != guess.shape:
         raise ValueError(f"truth is {true.shape} and predicted {guess.shape}; they must have the same (height, width)")
-    true_numbers, rows = np.unique(true, return_inverse=True)
-    guess_numbers, columns = np.unique(guess, return_inverse=True)
-    pairs, shared = np.unique(rows.ravel().astype(np.int64) * max(len(guess_numbers), 1) + columns.ravel(), return_counts=True)
+    true, guess = true.ravel().astype(np.int64), guess.ravel().astype(np.int64)
+    rows, columns = (int(numbers.max(initial=0)) + 1 for numbers in (true, guess))
+    if min(true.min(initial=0), guess.min(initial=0)) >= 0 and rows * columns <= 4 * true.size:
+        table = np.bincount(true * columns + guess, minlength=1)  # without sorting
+        pairs = np.flatnonzero(table)
+        return *np.divmod(pairs, columns), table[pairs]
+    true_numbers, row = np.unique(true, return_inverse=True)
+    guess_numbers, column = np.unique(guess, return_inverse=True)
+    pairs, shared = np.unique(row * max(len(guess_numbers), 1) + column, return_counts=True)
     row, column = np.divmod(pairs, max(len(guess_numbers), 1))
-    return true_numbers[row].astype(np.int64), guess_numbers[column].astype(np.int64), shared.astype(np.int64)
+    return true_numbers[row], guess_numbers[column], shared.astype(np.int64)
 
 
 class Segments:
     """Streaming Rand and information scores over the pixels of true segments, pairs of pixels within each image.
 
-    V_rand and V_info restrict the truth to its foreground and take predicted 0 as a segment like any other (the public board thins the
-    borders of truth and prediction first, which is the caller's matter). Each image's shares are those of its own pixels, and the set is
-    scored by the mean of its images, as the challenge scores its sections. NaN where an image has no true segment.
+    All restrict the truth to its foreground and take predicted 0 for a segment like any other, so that thick membranes cost. Each image's
+    shares are those of its own pixels, and the set is scored by the mean of its images. NaN where an image has no true segment.
 
-    `rand_error` is 1 - F of pairs of different pixels, scikit-image's adapted Rand error; it differs from 1 - V_rand by O(1/pixels). The
-    board of 2012 (U-Net's figure) leaves pixels out that are predicted to be 0, so that thick membranes cost less there.
+    `rand_error` is 1 - F of pairs of different pixels, scikit-image's adapted Rand error; it differs from 1 - V_rand by O(1/pixels).
+
+    None of these is what the boards of the EM challenge report: `thresholds.Board`.
     """
 
     def __init__(self) -> None:
@@ -97,39 +105,46 @@ class Segments:
         return {name: math.nan if np.isnan(values).all() else float(np.nanmean(values)) for name, values in columns}
 
 
-def rand_error(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
+def rand_error(pairs: Pairs, alone: bool = False) -> float:
     """1 - F of pairs of different true-foreground pixels: precision is pairs together in both by those together in the prediction.
 
     Args:
         pairs: from `overlaps`.
+        alone: whether each pixel predicted to be 0 is a segment of its own, as on the board of the EM challenge of 2012; else they are
+            one segment together.
     """
-    both, predicted, true = (int((counts * (counts - 1)).sum()) for counts in _foreground(pairs))
+    both, predicted, true = pixel_pairs(pairs, alone)
     if predicted + true == 0:
-        return 0.0 if len(_foreground(pairs)[0]) else math.nan
+        return 0.0 if len(foreground(pairs)[0]) else math.nan
     return 1 - 2 * both / (predicted + true)
 
 
-def v_rand(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SplitMerge:
+def pixel_pairs(pairs: Pairs, alone: bool = False) -> tuple[int, int, int]:
+    """Pairs of different true-foreground pixels that are together in both, in the prediction, and in the truth.
+
+    Arguments as in `rand_error`.
+    """
+    both, predicted, true = (int((counts * (counts - 1)).sum()) // 2 for counts in foreground(pairs, alone))
+    return both, predicted, true
+
+
+def v_rand(pairs: Pairs, alone: bool = False) -> SplitMerge:
     """Foreground-restricted Rand score; split is sum p_ij^2 / sum t_j^2 (truth), merge sum p_ij^2 / sum s_i^2 (prediction).
 
-    Args:
-        pairs: from `overlaps`.
+    Arguments as in `rand_error`.
     """
-    both, predicted, true = (float((counts.astype(np.float64) ** 2).sum()) for counts in _foreground(pairs))
+    both, predicted, true = (float((counts.astype(np.float64) ** 2).sum()) for counts in foreground(pairs, alone))
     if true == 0:
         return SplitMerge(math.nan, math.nan, math.nan)
     return SplitMerge(2 * both / (predicted + true), both / true, both / predicted)
 
 
-def v_info(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SplitMerge:
+def v_info(pairs: Pairs, alone: bool = False) -> SplitMerge:
     """Foreground-restricted information score 2 I(S; T) / (H(S) + H(T)); split is I / H(S) (prediction), merge I / H(T).
 
-    Where both are one segment there is nothing to tell apart, and the scores are 1.
-
-    Args:
-        pairs: from `overlaps`.
+    Where both are one segment there is nothing to tell apart, and the scores are 1. Arguments as in `rand_error`.
     """
-    counts = _foreground(pairs)
+    counts = foreground(pairs, alone)
     if not counts[0].sum():
         return SplitMerge(math.nan, math.nan, math.nan)
     joint, of_predicted, of_true = (_entropy(values) for values in counts)
@@ -140,13 +155,13 @@ def v_info(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SplitMerge:
     return SplitMerge(2 * shared / total if total else 1.0, split, merge)
 
 
-def variation_of_information(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[float, float]:
+def variation_of_information(pairs: Pairs) -> tuple[float, float]:
     """H(prediction | truth) (splits) and H(truth | prediction) (merges) in bits over the true foreground; their sum is the distance.
 
     Args:
         pairs: from `overlaps`.
     """
-    counts = _foreground(pairs)
+    counts = foreground(pairs)
     if not counts[0].sum():
         return math.nan, math.nan
     joint, of_predicted, of_true = (_entropy(values) / math.log(2) for values in counts)
@@ -177,50 +192,62 @@ class Objects:
     one. F1 at a threshold t: a true and a predicted object are a pair where their IoU is above t; from 0.5 on there is at most one partner
     for each, which is why lower thresholds are refused.
 
-    `counts` is int64: `counts[0]` true, `counts[1]` predicted objects, and then the pairs at each threshold.
+    `images` keeps of each image true objects, predicted objects, and then the pairs at each threshold; `counts` are their sums.
     """
 
     def __init__(self, thresholds: Sequence[float] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)) -> None:
         if not thresholds or min(thresholds) < 0.5 or max(thresholds) >= 1:
             raise ValueError(f"thresholds are {list(thresholds)}; they must be from 0.5 to below 1, so that no object has two partners")
         self.thresholds = tuple(thresholds)
-        self.counts = np.zeros(2 + len(self.thresholds), np.int64)
-        self.overlap = 0.0  # sum of the IoU that SEG averages
+        self.images = PerImage((2 + len(self.thresholds),))
+        self.overlaps: list[float] = []  # of each image the sum of the IoU that SEG averages
 
-    def update(self, truth: Map, predicted: Map) -> None:
+    def update(self, truth: Map, predicted: Map, name: str = "") -> None:
         """Add one image: (H, W) numbers of objects each, 0 for background (`segments_of`)."""
         true, guess, shared = overlaps(truth, predicted)
         real = (true != 0) & (guess != 0)
         of_true, of_guess = _sizes(true, shared)[real], _sizes(guess, shared)[real]
         shared = shared[real]
         iou = shared / (of_true + of_guess - shared)
-        self.overlap += float(iou[2 * shared > of_true].sum())
         found = [(iou > threshold).sum() for threshold in self.thresholds]
-        self.counts += np.array([len(np.unique(true[true != 0])), len(np.unique(guess[guess != 0])), *found], np.int64)
+        self.images.add(np.array([len(np.unique(true[true != 0])), len(np.unique(guess[guess != 0])), *found]), name)
+        self.overlaps.append(float(iou[2 * shared > of_true].sum()))
 
     def merge(self, other: "Objects") -> None:
         """Add the counts of another one with the same thresholds."""
         if other.thresholds != self.thresholds:
             raise ValueError(f"cannot merge objects scored at {other.thresholds} and {self.thresholds}")
-        self.counts += other.counts
-        self.overlap += other.overlap
+        self.images.merge(other.images)
+        self.overlaps += other.overlaps
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(2 + T,) int64: those of the set."""
+        return self.images.total
 
     @property
     def seg(self) -> float:
         """SEG; NaN without a true object."""
-        return self.overlap / int(self.counts[0]) if self.counts[0] else math.nan
+        counts = self.counts
+        return sum(self.overlaps) / int(counts[0]) if counts[0] else math.nan
 
     @property
     def f1(self) -> np.ndarray:
         """(T,) F1 at each threshold; NaN where there are neither true nor predicted objects."""
-        total = self.counts[0] + self.counts[1]
-        return 2 * self.counts[2:] / total if total else np.full(len(self.thresholds), np.nan)
+        counts = self.counts
+        total = counts[0] + counts[1]
+        return 2 * counts[2:] / total if total else np.full(len(self.thresholds), np.nan)
 
 
-def _foreground(pairs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels of each pair, each predicted and each true segment, within the true foreground."""
+def foreground(pairs: Pairs, alone: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels of each pair, each predicted and each true segment, within the true foreground. Arguments as in `rand_error`."""
     true, guess, shared = (values[pairs[0] != 0] for values in pairs)
-    return shared, _summed(guess, shared), _summed(true, shared)
+    of_true = _summed(true, shared)
+    if not alone:
+        return shared, _summed(guess, shared), of_true
+    outside = np.ones(shared[guess == 0].sum(), np.int64)
+    guess, shared = guess[guess != 0], shared[guess != 0]
+    return np.concatenate([shared, outside]), np.concatenate([_summed(guess, shared), outside]), of_true
 
 
 def _sizes(numbers: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -229,8 +256,9 @@ def _sizes(numbers: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _summed(numbers: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    sums = np.zeros(len(np.unique(numbers)), np.int64)
-    np.add.at(sums, np.unique(numbers, return_inverse=True)[1].ravel(), pixels)
+    found, places = np.unique(numbers, return_inverse=True)
+    sums = np.zeros(len(found), np.int64)
+    np.add.at(sums, places.ravel(), pixels)
     return sums
 
 

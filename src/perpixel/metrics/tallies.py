@@ -85,6 +85,18 @@ def of_resamples(score: Callable[..., np.ndarray], sums: np.ndarray, whole: np.n
     return score(sums, absent)
 
 
+def with_stray(table: np.ndarray) -> np.ndarray:
+    """(N, K, 3): a table in which classes that are predicted, and in no truth, are predicted in every image: 0 in every resample."""
+    whole = table.sum(0)
+    stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
+    return np.where(stray[:, None] & (np.arange(3) == 2), np.maximum(table, 1), table)
+
+
+def resampled_mean(score: Callable[..., np.ndarray], whole: np.ndarray, absent: str, sums: np.ndarray) -> np.ndarray:
+    """As `of_resamples`, for sums of several runs on one truth, `whole`; under "union" of tables that `with_stray` made."""
+    return of_resamples(score, sums, whole, absent) if absent == "zero" else score(without_missed(sums, whole), absent)
+
+
 def holding(table: np.ndarray) -> np.ndarray:
     """(K,): in how many images (N, K, 3) the truth has a class; what an interval of its score rests on."""
     return (table[..., 1] > 0).sum(0)
@@ -165,26 +177,6 @@ class PerImage:
         """(*shape) int64: the counts of the set."""
         return np.asarray(self.table.sum(0))
 
-    def packed(self) -> list[list[int]]:
-        """Plain JSON types, short where most counts are 0: of each image the place in the flattened counts and the count, in turns."""
-        flat = (row.ravel() for row in self._rows)
-        return [np.stack([places := np.flatnonzero(row), row[places]], 1).ravel().tolist() for row in flat]
-
-    @classmethod
-    def unpacked(cls, shape: Sequence[int], names: Sequence[str], packed: Sequence[Sequence[int]]) -> "PerImage":
-        """The table that `packed` gave; ValueError where it does not fit the shape or the names."""
-        table, size = cls(shape), math.prod(shape)
-        if len(names) != len(packed):
-            raise ValueError(f"counts of {len(packed)} images for {len(names)} names")
-        for name, pairs in zip(names, packed, strict=True):
-            places, counts = np.array(pairs[0::2], np.int64), np.array(pairs[1::2], np.int64)
-            if len(places) != len(counts) or (places < 0).any() or (places >= size).any() or (counts < 0).any():
-                raise ValueError(f"the counts of {name} do not belong to a table of {tuple(shape)}")
-            row = np.zeros(size, np.int64)
-            row[places] = counts
-            table.add(row.reshape(tuple(shape)), name)
-        return table
-
     def paired_with(self, other: "PerImage") -> tuple[np.ndarray, np.ndarray]:
         """Both tables with the same images in the same order; ValueError where the images are not the same or not told apart by name."""
         for table in (self, other):
@@ -197,6 +189,33 @@ class PerImage:
             )
         place = {name: number for number, name in enumerate(other.names)}
         return self.table, other.table[[place[name] for name in self.names]]
+
+
+def packed(table: np.ndarray) -> list[list[float]]:
+    """A table (N, *shape) as plain JSON types, short where most of it is 0: of each image the place in the flattened row and the value,
+    in turns; what is no whole number with seven digits."""
+    whole = table.dtype.kind in "iu"
+    rows = []
+    for row in table.reshape(len(table), math.prod(table.shape[1:])):
+        places = np.flatnonzero(row)
+        values = row[places].tolist() if whole else [float(f"{value:.7g}") for value in row[places].tolist()]
+        rows.append([part for pair in zip(places.tolist(), values, strict=True) for part in pair])
+    return rows
+
+
+def unpacked(shape: Sequence[int], names: Sequence[str], rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """The table (N, *shape) that `packed` gave; ValueError where it does not fit the shape or the names of the images."""
+    if len(names) != len(rows):
+        raise ValueError(f"counts of {len(rows)} images for {len(names)} names")
+    size = math.prod(shape)
+    fractions = any(isinstance(value, float) for row in rows for value in row)
+    table = np.zeros((len(names), size), np.float64 if fractions else np.int64)
+    for name, row, pairs in zip(names, table, rows, strict=True):
+        places, values = np.array(pairs[0::2], np.int64), np.array(pairs[1::2], row.dtype)
+        if len(places) != len(values) or (places < 0).any() or (places >= size).any() or not ((values >= 0) & np.isfinite(values)).all():
+            raise ValueError(f"the counts of {name} do not belong to a table of {tuple(shape)}")
+        row[places] = values
+    return table.reshape(len(names), *shape)
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

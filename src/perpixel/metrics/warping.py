@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perpixel.metrics.bands import steps_to_change
 from perpixel.metrics.pairs import integer_map
+from perpixel.metrics.tallies import PerImage
 
 # Around a pixel, as bits 0 to 7 of the index into a table: from the right neighbour counter-clockwise.
 _AROUND = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)])
@@ -21,8 +22,8 @@ class Warping:
     """Streaming pixel error and warping error of binary maps (1: inside of cells, 0: membrane), over the pixels of the set.
 
     The warping error is the share of pixels in which the prediction differs from the warped truth (`warp`): what a shifted or thicker
-    membrane costs in pixels is gone, and splits, mergers, holes and lost objects remain. `counts` is int64: pixels, pixels that differ,
-    pixels that still differ after warping.
+    membrane costs in pixels is gone, and splits, mergers, holes and lost objects remain. `images` keeps of each image pixels, pixels that
+    differ, and pixels that still differ after warping; `counts` are their sums.
     """
 
     def __init__(self, connectivity: int = 4, reach: int | None = None) -> None:
@@ -30,30 +31,39 @@ class Warping:
         _check(connectivity, reach)
         self.connectivity = connectivity
         self.reach = reach
-        self.counts = np.zeros(3, np.int64)
+        self.images = PerImage((3,))
 
-    def update(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, known: np.ndarray | None = None) -> None:
+    def update(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, known: np.ndarray | None = None, name: str = "") -> None:
         """Add one image: (H, W) each, 0 and anything else; only pixels that are `known` (bool) count, None: all."""
         warped = warp(truth, predicted, self.connectivity, self.reach)
         true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
         counts = np.ones(true.shape, bool) if known is None else known
-        self.counts += np.array([counts.sum(), (counts & (true != guess)).sum(), (counts & (warped != guess)).sum()], np.int64)
+        self.images.add(np.array([counts.sum(), (counts & (true != guess)).sum(), (counts & (warped != guess)).sum()]), name)
 
     def merge(self, other: "Warping") -> None:
-        """Add the counts of another one with the same settings."""
+        """Append the images of another one with the same settings."""
         if (other.connectivity, other.reach) != (self.connectivity, self.reach):
             raise ValueError("cannot merge warping errors of different connectivity or reach")
-        self.counts += other.counts
+        self.images.merge(other.images)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(3,) int64: those of the set."""
+        return self.images.total
 
     @property
     def pixel_error(self) -> float:
         """Share of the pixels that differ."""
-        return int(self.counts[1]) / int(self.counts[0]) if self.counts[0] else math.nan
+        return self._share(1)
 
     @property
     def warping_error(self) -> float:
         """Share of the pixels that still differ when the truth is warped onto the prediction."""
-        return int(self.counts[2]) / int(self.counts[0]) if self.counts[0] else math.nan
+        return self._share(2)
+
+    def _share(self, place: int) -> float:
+        counts = self.counts
+        return int(counts[place]) / int(counts[0]) if counts[0] else math.nan
 
 
 def warp(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, connectivity: int = 4, reach: int | None = None) -> np.ndarray:

@@ -5,6 +5,7 @@ Text stays text (the reader's font, searchable), and names are never read as mat
 
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -156,7 +157,9 @@ def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "svg", **STYLE}):
+    with warnings.catch_warnings(), matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "svg", **STYLE}):
+        # The reader's browser draws the text: it does not matter that our font lacks a name's letters, as Chinese.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

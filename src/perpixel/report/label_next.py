@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from perpixel.data.display import to_display
+from perpixel.report.glance import Glance
 from perpixel.report.thumbnails import heat, label_layer, photo
 
 LIMIT = 500  # images looked at; more say little new and take long
@@ -63,21 +63,21 @@ def choose(uncertainty: np.ndarray, descriptors: np.ndarray, count: int) -> list
     return chosen
 
 
-def descriptor(image: np.ndarray, probability: Tensor) -> np.ndarray:
-    """What an image (C, H, W) shows, and what the model sees in it, as (K + 192,) float32 for `choose`.
+def descriptor(seen: Glance) -> np.ndarray:
+    """What an image shows, and what the model sees in it, as (K + 192,) float32 for `choose`.
 
     Square roots of the classes' shares (their distance is Hellinger's, at most the square root of 2) and a thumbnail of 8x8 colours
     weighed to count about as much: frames of one scene come out alike by both.
     """
-    shares = probability.mean((1, 2)).sqrt().cpu().numpy()
-    small = np.asarray(Image.fromarray(to_display(image)).resize((GRID, GRID), Image.Resampling.BOX), np.float32)
+    shares = np.sqrt(seen.shares)
+    small = np.asarray(Image.fromarray(to_display(seen.pixels)).resize((GRID, GRID), Image.Resampling.BOX), np.float32)
     return np.concatenate([shares, small.ravel() / (255 * math.sqrt(small.size) / 2)]).astype(np.float32)
 
 
 @torch.inference_mode()
 def propose(
     names: Sequence[str],
-    read: Callable[[int], tuple[np.ndarray, Tensor]],
+    look: Callable[[int], Glance],
     colors: Sequence[tuple[int, int, int]],
     count: int = 12,
     side: int = 320,
@@ -88,39 +88,35 @@ def propose(
 
     Args:
         names: of the images, at most `limit` of which, evenly spread, are looked at.
-        read: number of an image -> it as read (C, H, W) and its logits (K, H, W); ValueError where it is damaged.
+        look: number of an image -> what it shows (`glance.glance`); ValueError where it is damaged.
         colors: of the K classes.
 
-    Only descriptors are kept; the images chosen are read once more to be drawn.
+    Only descriptors are kept; the images chosen are looked at once more to be drawn.
     """
     todo = list(evenly(range(len(names)), limit))
     looked, uncertain, known, damaged = list[int](), list[float](), list[np.ndarray](), list[str]()
     for done, index in enumerate(todo, 1):
         try:
-            image, logits = read(index)
+            seen = look(index)
         except ValueError as error:
             damaged.append(str(error))
             continue
-        if not torch.isfinite(logits).all():
-            damaged.append(f"{names[index]}: its scores overflowed")
-            continue
-        probability = logits.softmax(0)
         looked.append(index)
-        uncertain.append(float(_entropy(probability).mean()))
-        known.append(descriptor(image, probability))
+        uncertain.append(seen.uncertainty)
+        known.append(descriptor(seen))
         if progress is not None:
             progress(done, len(todo), names[index])
     proposals = []
     for place in choose(np.array(uncertain), np.stack(known), count) if looked else []:
-        image, logits = read(looked[place])
+        seen = look(looked[place])
         proposals.append(
             Proposal(
                 name=names[looked[place]],
-                size=(image.shape[1], image.shape[2]),
+                size=seen.size,
                 uncertainty=uncertain[place],
-                photo=photo(image, side),
-                guess=label_layer(logits.argmax(0).cpu().numpy(), colors, side),
-                entropy=heat(_entropy(logits.softmax(0)).cpu().numpy(), side),
+                photo=photo(seen.pixels, side),
+                guess=label_layer(seen.guess, colors, side),
+                entropy=heat(seen.entropy, side),
             )
         )
     return proposals, damaged
@@ -130,8 +126,3 @@ def evenly(numbers: Iterable[int], most: int) -> list[int]:
     """At most so many of the numbers, evenly spread."""
     every = list(numbers)
     return every if len(every) <= most else [every[k * len(every) // most] for k in range(most)]
-
-
-def _entropy(probability: Tensor) -> Tensor:
-    """(K, H, W) -> (H, W), as a share of ln K."""
-    return torch.special.entr(probability).sum(0).clamp(min=0) / max(math.log(len(probability)), 1e-9)

@@ -4,18 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from perpixel.bundle import Bundle, load_bundle
-from perpixel.data.images import Picture, find_pictures, read_image
+from perpixel.data.images import Picture, find_pictures
 from perpixel.data.layouts import find_layout
 from perpixel.data.writing import replacing
 from perpixel.evaluate import Evaluation, evaluate
 from perpixel.predict import Segmenter
 from perpixel.report.facts import commands, facts, read_run
 from perpixel.report.findings import Findings
+from perpixel.report.glance import glance
 from perpixel.report.label_next import LIMIT, propose
 from perpixel.report.page import Content, render_page
 from perpixel.scores import DEFAULT_GROUPS
@@ -123,11 +122,13 @@ def write_report(
     scored = f"{count:,} {PARTS.get(split or '', 'images')}"
     segmenter = Segmenter(bundle, refine, result.precision, result.augment)
 
-    def read(index: int) -> tuple[np.ndarray, Tensor]:
-        image = read_image(unlabelled[index])
-        return image, segmenter.logits(torch.from_numpy(image))
-
-    proposals, unread = propose([picture.name for picture in unlabelled], read, findings.colors, limit=limit, progress=progress)
+    proposals, unread = propose(
+        [picture.name for picture in unlabelled],
+        lambda index: glance(segmenter, unlabelled[index]),
+        findings.colors,
+        limit=limit,
+        progress=progress,
+    )
     command = ["perpixel", "evaluate", str(path), str(images), *([str(masks)] if masks else []), *(["--split", split] if split else [])]
     command += ["--refine", refine] if refine != "bundle" else []
     command += ["--precision", result.precision] if result.precision != "float32" else []

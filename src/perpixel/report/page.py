@@ -12,6 +12,7 @@ import numpy as np
 
 from perpixel import __version__
 from perpixel.metrics.intervals import Interval
+from perpixel.metrics.measures import COST, MEASURES
 from perpixel.report import figures
 from perpixel.report.atlas import Entry
 from perpixel.report.confusions import Confusion
@@ -86,7 +87,7 @@ def _variables(content: Content) -> dict[str, Any]:
     scores, curves = content.scores, figures.learning_curves(content.run.rows)
     boundary, calibration = scores.get("boundary"), scores.get("calibration")
     atlas = _within(content.atlas, BUDGET["atlas"])
-    damaged = [*scores["damaged"].values()]
+    damaged, holes = [*scores["damaged"].values()], [hole for found in scores["holes"].values() for hole in found]
     return {
         **_own("css", "js"),
         "version": __version__,
@@ -110,6 +111,10 @@ def _variables(content: Content) -> dict[str, Any]:
         "classes": [{"name": name, "color": color} for name, color in zip(content.classes, content.colors, strict=True)],
         "class_names_by_color": _names_by_color(content),
         "matrix": _safe(figures.confusion_matrix(np.array(scores["confusion"]), content.classes)),
+        "mistaken": _mistaken(content),
+        "distances": _distance_rows(content),
+        "holes": holes[:LISTED],
+        "holes_more": f" of {len(holes)}" if len(holes) > LISTED else "",
         "confusions": _pruned(content.confusions, BUDGET["confusions"]),
         "trimap": _safe(figures.trimap_curve(**boundary["trimap"])) if boundary else "",
         "band": _band(scores),
@@ -169,16 +174,43 @@ def _set_rows(content: Content) -> list[dict[str, str]]:
         {"words": words, "value": percent(scores[key]), "within": _between(intervals[key]), "images": percent(scores["image_means"][key])}
         for key, words in SET_SCORES.items()
     ]
-    if boundary := scores.get("boundary"):  # BF is defined image by image
-        rows.append({"words": "boundary F (BF)", "value": "", "within": _between(intervals["bf"]), "images": percent(boundary["bf"])})
-        found = percent(boundary["boundary_iou"])
-        rows.append({"words": "Boundary IoU", "value": found, "within": _between(intervals["boundary_iou"]), "images": ""})
-    if neurite := scores.get("neurite"):
-        rows += [
-            {"words": name.replace("_", " "), "value": "" if neurite[name] is None else f"{neurite[name]:.4f}", "within": "", "images": ""}
-            for name in ("warping_error", "rand_error", "v_rand", "v_info")
-        ]
+    for name, measure in MEASURES.items():
+        if name in intervals and name not in (*SET_SCORES, COST.name):
+            found = intervals[name]
+            unit = {"points": " %", "pixels": " px"}.get(measure.unit, "")
+            value = percent(float(found.value)) if measure.unit == "points" else measure.text(float(found.value), dash="–") + unit
+            bounds = [float(found.low), float(found.high)]
+            ends = _between(found) if measure.unit == "points" else " – ".join(measure.text(bound) for bound in bounds)
+            within = ends if all(map(math.isfinite, bounds)) else "–"
+            rows.append({"words": measure.words, "value": value, "within": within, "images": ""})
+            if measure.of_images:
+                rows[-1] |= {"value": "", "images": value}
     return rows
+
+
+def _mistaken(content: Content) -> list[dict[str, Any]]:
+    """The confusion matrix in words: of each class what its pixels are predicted as, most first, down to one in a hundred."""
+    counts = np.array(content.scores["confusion"], np.float64)
+    rows = []
+    for k, row in enumerate(counts):
+        shares = row / max(row.sum(), 1)
+        others = [j for j in np.argsort(-shares, kind="stable").tolist() if j != k and shares[j] >= 0.01]
+        taken = ", ".join(f"{content.classes[j]} {percent(shares[j])}" for j in others) or ("nothing else" if row.sum() else "")
+        rows.append(
+            {"name": content.classes[k], "pixels": int(row.sum()), "right": percent(shares[k]) if row.sum() else "–", "taken": taken}
+        )
+    return rows
+
+
+def _distance_rows(content: Content) -> list[dict[str, Any]]:
+    """Surface distances of each class, and in how many images there is none because one of the two lacks it."""
+    found = content.scores.get("surface")
+    if not found:
+        return []
+    keys = ("assd", "hausdorff", "missed", "invented")
+    columns = (found[f"{key}_classes"] for key in keys)
+    rows = [dict(zip(("name", *keys), row, strict=True)) for row in zip(content.classes, *columns, strict=True)]
+    return [row | {key: "–" if row[key] is None else f"{row[key]:.1f}" for key in ("assd", "hausdorff")} for row in rows]
 
 
 def _class_rows(content: Content) -> list[dict[str, Any]]:
