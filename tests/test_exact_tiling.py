@@ -132,6 +132,43 @@ def test_whole_equals_tiled(case, monkeypatch, one_thread):
     check()
 
 
+# Narrow models of small fields, for images that take several windows along both axes: unpadded, skips, positions of maxima, resized maps,
+# sums of scores at several strides, atrous branches.
+SQUARE = [
+    "unet_paper", "unet on its own path", "segnet_basic_paper", "segnet_basic_paper, bilinear", "deeplab_v1_paper, branches", "fcn",
+    "unet with image pooling, sums of scores, head at stride 4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SQUARE)
+@given(data=st.data())
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whole_equals_tiled_in_rectangles_of_any_size(case, data, one_thread):
+    """To 1e-5 in float32: both sides, tile and batch drawn, so that windows meet at corners and lie at two borders of the image at once."""
+    model = random_model(EXACT[case][0], **EXACT[case][1])
+    field = dependency(model)
+    tile = data.draw(st.integers(1, 3 * field.cell), "tile")
+    halo = field.before + field.after + tile - field.cell  # of images a little larger, most take several windows along an axis
+    size = tuple(data.draw(st.integers(1, 4 * field.cell), side) + halo for side in ("height", "width"))
+    image = torch.randn(bands(model), *size)
+    tiled = predict_tiled(model, image, tile, "exact", data.draw(st.integers(1, 3), "batch"))
+    torch.testing.assert_close(tiled, one_pass(model, image, field.aligned), rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 70), st.integers(0, 60), st.integers(1, 3))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_unpadded_unet_is_the_same_whatever_size_tile_and_stride(unpadded, height, width, tile, overlap, batch):
+    """In float64, to rounding: any overlap is exact, for a window labels nothing that its border could have changed."""
+    image = torch.randn(1, height, width, dtype=torch.float64)
+    tiled = predict_tiled(unpadded, image, tile, min(overlap, tile - 1), batch)
+    torch.testing.assert_close(tiled, predict_whole(unpadded, image), rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def unpadded():
+    return random_model("unet_paper", width=1).double()
+
+
 @pytest.mark.parametrize("case", ["unet on its own path", "segnet", "fcn32s_alexnet_paper"])
 @given(data=st.data())
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
