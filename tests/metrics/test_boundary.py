@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -179,3 +180,17 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="fraction"):
         BoundaryF(2, 4.5)
     assert len(score.images) == 0
+
+
+def test_memory_of_the_matching_does_not_grow_with_the_reach():
+    """Noise of two classes: each of 160,000 contour pixels has 1,250 within reach, which as a list would take 800 MB."""
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 2, (2, 400, 400)).astype(np.uint8)
+    BoundaryF(2, 0.01).update(labels[:30, :30], predicted[:30, :30])  # compiled code is in place
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    score = BoundaryF(2, 20 / math.hypot(400, 400))
+    score.update(labels, predicted)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 100
+    matched, true, drawn = score.images.total[0]
+    assert min(true, drawn) > 120_000
+    assert matched == min(true, drawn)

@@ -14,6 +14,7 @@ from torch import Tensor
 from perpixel.metrics.pairs import VOID, filled, labelled_pair
 from perpixel.metrics.tallies import PerImage, dice
 
+BUCKET = 8  # columns
 TOLERANCE = 0.0075  # of the image's diagonal: Badrinarayanan et al. 2017, section 4.1
 
 
@@ -93,8 +94,12 @@ def largest_matching(left: np.ndarray, right: np.ndarray, distance: float) -> in
     """Pairs in a maximum matching of two sets of pixels, each (n, 2) rows and columns in raster order, at most `distance` pixels apart."""
     if not len(left) or not len(right):
         return 0
-    first, neighbours = _neighbours(left, right, distance)
-    return int(_matching(left, right, distance, first, neighbours))
+    left, right = left.astype(np.int32), right.astype(np.int32)
+    rows, buckets = int(max(left[-1, 0], right[-1, 0])) + 1, int(right[:, 1].max()) // BUCKET + 1
+    sizes = np.bincount(right[:, 0] * np.int64(buckets) + right[:, 1] // BUCKET, minlength=rows * buckets)
+    ends = sizes.cumsum().reshape(rows, buckets)
+    starts = np.concatenate([ends[:, :1] - sizes.reshape(rows, buckets)[:, :1], ends], 1).astype(np.int32)
+    return int(_matching(left, right, starts, distance))
 
 
 def _contours(labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,103 +135,124 @@ def _contour_pixels(labels):  # type: ignore[no-untyped-def]
     return found[:size], places[:size]
 
 
+# The pixels of `right` within reach of one of `left` are no list, which would take thousands of numbers a pixel where contours are dense
+# and images large: they are in rising order, and the next or the one before is found by the rows of the disc. `starts` (rows, buckets + 1)
+# says where in `right` each row's columns from 0, BUCKET, 2 BUCKET, ... on begin.
+
+
 @njit(cache=True, nogil=True)
-def _neighbours(left, right, distance):  # type: ignore[no-untyped-def]
-    """For each pixel of `left` those of `right` within reach, one list after the other, and where each list begins."""
-    rows = max(left[-1, 0], right[-1, 0]) + 2
-    row_start = np.zeros(rows + 1, np.int64)
-    for j in range(len(right)):
-        row_start[right[j, 0] + 1] += 1
-    row_start = row_start.cumsum()
+def _half_widths(distance):  # type: ignore[no-untyped-def]
+    """Of the rows of a disc, from the uppermost on: columns to either side of its middle."""
     reach = int(distance)
-    first = np.zeros(len(left) + 1, np.int64)
-    size, neighbours = 0, np.empty(16 * len(left), np.int32)
-    # Both sets are in raster order, so each row's window only moves to the right while `left` walks along its own row.
-    window = np.zeros(2 * reach + 1, np.int64)
-    for i in range(len(left)):
-        y, x = left[i, 0], left[i, 1]
-        for dy in range(-reach, reach + 1):
-            if y + dy < 0 or y + dy >= rows:
-                continue
-            if i == 0 or left[i - 1, 0] != y:
-                window[dy + reach] = row_start[y + dy]
-            half = int(math.sqrt(distance * distance - dy * dy))
-            j, end = window[dy + reach], row_start[y + dy + 1]
-            while j < end and right[j, 1] < x - half:
-                j += 1
-            window[dy + reach] = j
-            while j < end and right[j, 1] <= x + half:
-                if size == len(neighbours):
-                    neighbours = np.concatenate((neighbours, np.empty_like(neighbours)))
-                neighbours[size] = j
-                size += 1
-                j += 1
-        first[i + 1] = size
-    return first, neighbours[:size]
+    half = np.empty(2 * reach + 1, np.int64)
+    for dy in range(-reach, reach + 1):
+        half[dy + reach] = int(math.sqrt(distance * distance - dy * dy))
+    return half
 
 
 @njit(cache=True, nogil=True)
-def _matching(left, right, distance, first, neighbours):  # type: ignore[no-untyped-def]
+def _first_from(row, column, right, starts):  # type: ignore[no-untyped-def]
+    """The first of `right` in a row that is not left of the column; the end of the row where there is none."""
+    bucket = min(max(column, 0) // BUCKET, starts.shape[1] - 1)
+    found, end = starts[row, bucket], starts[row, -1]
+    while found < end and right[found, 1] < column:
+        found += 1
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _next(y, x, place, right, starts, half):  # type: ignore[no-untyped-def]
+    """The first of `right` within reach of (y, x) from `place` on; -1 where there is none."""
+    if place >= len(right):
+        return -1
+    reach = len(half) // 2
+    here = right[place, 0]
+    for row in range(max(y - reach, here), min(y + reach + 1, len(starts))):
+        width = half[row - y + reach]
+        found = place if row == here and right[place, 1] >= x - width else _first_from(row, x - width, right, starts)
+        if found < starts[row, -1] and right[found, 1] <= x + width:
+            return found
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _before(y, x, place, right, starts, half):  # type: ignore[no-untyped-def]
+    """The last of `right` within reach of (y, x) up to `place`; -1 where there is none."""
+    if place < 0:
+        return -1
+    reach = len(half) // 2
+    here = right[place, 0]
+    for row in range(min(y + reach, here), max(y - reach, 0) - 1, -1):
+        width = half[row - y + reach]
+        found = place if row == here and right[place, 1] <= x + width else _first_from(row, x + width + 1, right, starts) - 1
+        if found >= starts[row, 0] and right[found, 1] >= x - width:
+            return found
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _matching(left, right, starts, distance):  # type: ignore[no-untyped-def]
     """Maximum matching by depth-first search with lookahead from every free pixel, in rounds (Pothen & Fan 1990)."""
     of_left, of_right = np.full(len(left), -1), np.full(len(right), -1)
     pairs = 0
     # Nearest first: few are left over for the search.
     radius = 0.0
     while radius < 2 * distance + 1:
-        near = min(radius, distance) ** 2
+        near = _half_widths(min(radius, distance))
         for i in range(len(left)):
             if of_left[i] < 0:
-                for e in range(first[i], first[i + 1]):
-                    j = neighbours[e]
-                    if of_right[j] < 0 and (left[i, 0] - right[j, 0]) ** 2 + (left[i, 1] - right[j, 1]) ** 2 <= near:
-                        of_left[i], of_right[j] = j, i
-                        pairs += 1
-                        break
+                j = _next(left[i, 0], left[i, 1], 0, right, starts, near)
+                while j >= 0 and of_right[j] >= 0:
+                    j = _next(left[i, 0], left[i, 1], j + 1, right, starts, near)
+                if j >= 0:
+                    of_left[i], of_right[j] = j, i
+                    pairs += 1
         radius = 2 * radius if radius else 1.0
-    ahead = first[:-1].copy()  # no pixel before this one is free: a matched pixel never becomes free again
+    half = _half_widths(distance)
+    ahead = np.zeros(len(left), np.int64)  # no pixel before this one is free: a matched pixel never becomes free again
     seen, stack, place = np.zeros(len(right), np.int64), np.empty(len(left), np.int64), np.empty(len(left), np.int64)
     found, round_number = 1, 0
     while found and pairs < min(len(left), len(right)):
         found, round_number = 0, round_number + 1
         for i in range(len(left)):
-            if of_left[i] < 0 and _augmented(i, first, neighbours, of_left, of_right, ahead, seen, round_number, stack, place):
+            if of_left[i] < 0 and _augmented(i, left, right, starts, half, of_left, of_right, ahead, seen, round_number, stack, place):
                 found += 1
         pairs += found
     return pairs
 
 
 @njit(cache=True, nogil=True)
-def _augmented(root, first, neighbours, of_left, of_right, ahead, seen, round_number, stack, place):  # type: ignore[no-untyped-def]
+def _augmented(root, left, right, starts, half, of_left, of_right, ahead, seen, round_number, stack, place):  # type: ignore[no-untyped-def]
     """Whether an alternating path leads from the free pixel `root` to a free one; if so it is flipped. A round sees each pixel once."""
+    forward = round_number % 2 == 1  # every other round goes backwards, so that no end of the lists is always served last
+    begin = 0 if forward else len(right) - 1
     depth = 0
-    stack[0], place[0] = root, 0
+    stack[0], place[0] = root, begin
     while depth >= 0:
         i = stack[depth]
-        while ahead[i] < first[i + 1]:
-            j = neighbours[ahead[i]]
-            ahead[i] += 1
-            if of_right[j] < 0:
-                seen[j] = round_number
-                for level in range(depth, -1, -1):
-                    before = of_left[stack[level]]
-                    of_left[stack[level]], of_right[j] = j, stack[level]
-                    j = before
-                return True
-        deeper = False
-        size = first[i + 1] - first[i]
-        while place[depth] < size:
-            # Every other round goes backwards, so that no end of the lists is always served last.
-            e = first[i] + place[depth] if round_number % 2 else first[i + 1] - 1 - place[depth]
-            place[depth] += 1
-            j = neighbours[e]
-            if seen[j] != round_number:
-                seen[j] = round_number
-                depth += 1
-                stack[depth], place[depth] = of_right[j], 0
-                deeper = True
+        y, x = left[i, 0], left[i, 1]
+        j = _next(y, x, ahead[i], right, starts, half)
+        while j >= 0 and of_right[j] >= 0:
+            j = _next(y, x, j + 1, right, starts, half)
+        ahead[i] = j + 1 if j >= 0 else len(right)
+        if j >= 0:
+            seen[j] = round_number
+            for level in range(depth, -1, -1):
+                before = of_left[stack[level]]
+                of_left[stack[level]], of_right[j] = j, stack[level]
+                j = before
+            return True
+        while True:
+            j = _next(y, x, place[depth], right, starts, half) if forward else _before(y, x, place[depth], right, starts, half)
+            place[depth] = (j + 1 if forward else j - 1) if j >= 0 else (len(right) if forward else -1)
+            if j < 0 or seen[j] != round_number:
                 break
-        if not deeper:
+        if j < 0:
             depth -= 1
+        else:
+            seen[j] = round_number
+            depth += 1
+            stack[depth], place[depth] = of_right[j], begin
     return False
 
 
