@@ -1,131 +1,105 @@
 """Training: `perpixel train` against the plain loop that people copy; writes benchmarks/results/speed-training.json.
 
 python benchmarks/speed_training.py [--data ../shared/data] [--nets unet_resnet34 deeplabv3_resnet50] [--steps 40] [--repeats 3]
-                                    [--batch 4] [--crop 224 288]
+                                    [--batch 4] [--crop 224 288] [--threads 2]
 
-The plain loop: the net of segmentation_models.pytorch or torchvision, float32, NCHW, a Dataset that decodes each image with Pillow and
-augments it with torchvision's transforms, DataLoader with a worker for each core, Adam, cross-entropy. Ours: the same net of ours through
-the command, as it plans for this machine, with the crop, batch and augmentation given to both. Weights are new, as none can be
-downloaded everywhere. Each run is a process of its own, in turns; images/s are those of the second half of its steps, with reading and
-augmentation, without validation. Memory is the peak of resident memory, with the workers' own (Linux, proc(5)).
+The plain loop is that of plain_training.py, with the net of segmentation_models.pytorch or torchvision. Ours: the same net of ours through
+the command, as it plans for this machine, with the crop, batch, loss and augmentation given to both. Weights are new, as none can be
+downloaded everywhere. Each run is a process of its own, in turns; images/s are those of the second half of its steps, with reading,
+augmentation and checkpoints, without validation. Beside them stands the processor's time for an image, on all cores and with the workers'
+own, which other work on the machine hardly touches. Memory is the most that a run's processes held at once.
 """
 
 import argparse
 import csv
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
+from plain_training import Task, marks
+from process_tree import watched
 from record import write
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-CLASSES, IGNORE = 11, 255
 NETS = {"unet_resnet34": ["unet", "resnet34", "{variant: smp}"], "deeplabv3_resnet50": ["deeplab_v3_torchvision", None, "{}"]}
-SCALE, BRIGHTNESS = (0.5, 2.0), 0.2
+IMAGE = (360, 480)  # of the set, (height, width)
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """CamVid as the list file names it, decoded anew each time."""
-
-    def __init__(self, folder: Path, crop: tuple[int, int]) -> None:
-        self.pairs = [[folder / name for name in line.split()] for line in (folder / "train.txt").read_text().splitlines()]
-        area = (1 / SCALE[1] ** 2, 1.0)
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(crop, scale=area, ratio=(crop[1] / crop[0],) * 2, antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(BRIGHTNESS, BRIGHTNESS),
-                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-                v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = (Image.open(path) for path in self.pairs[index])
-        labels = tv_tensors.Mask(v2.functional.pil_to_tensor(mask)[0].long())
-        labels[labels >= CLASSES] = IGNORE
-        return self.transform(tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB"))), labels)
+class TrainingIsOverError(Exception):
+    """Training has made its steps."""
 
 
-def plain_net(name: str) -> nn.Module:
-    """The peer's net."""
-    if name == "unet_resnet34":
-        import segmentation_models_pytorch as smp
-
-        return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
-    from torchvision.models.segmentation import deeplabv3_resnet50
-
-    return deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
+def task_of(data: Path, batch: int, crop: tuple[int, int]) -> Task:
+    """Crops show from all of the image's height or width to half of it."""
+    least = max(side / whole for side, whole in zip(crop, IMAGE, strict=True))
+    return Task(data / "camvid", batch, crop, (least, 2 * least), 0.2)
 
 
-def plain(name: str, data: Path, steps: int, batch: int, crop: tuple[int, int]) -> dict[str, float]:
-    """The loop that people copy; images/s of its second half."""
-    torch.manual_seed(0)
-    model = plain_net(name).train()
-    loader = DataLoader(Pairs(data / "camvid", crop), batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
-    optimizer, criterion = torch.optim.Adam(model.parameters(), 1e-3), nn.CrossEntropyLoss(ignore_index=IGNORE)
-    done, half = 0, 0.0
-    while done < steps:
-        for images, labels in loader:
-            if done == steps // 2:
-                half = time.perf_counter()
-            found = model(images)
-            optimizer.zero_grad()
-            criterion(found["out"] if isinstance(found, dict) else found, labels).backward()
-            optimizer.step()
-            done += 1
-            if done == steps:
-                break
-    return {"images_per_second": (steps - steps // 2) * batch / (time.perf_counter() - half), "megabytes": peak()}
-
-
-def ours(name: str, data: Path, steps: int, batch: int, crop: tuple[int, int]) -> dict[str, float]:
-    """`perpixel train`, as planned but for what both are given; images/s of its second half."""
+def our_marks(name: str, task: Task, steps: int) -> list[float]:
+    """`marks` of `perpixel train`, as planned but for what both sides are given."""
     from rich.console import Console
 
+    from perpixel import progress
+    from perpixel.run import Run
     from perpixel.train import train
 
+    def end(*_: object) -> None:
+        raise TrainingIsOverError
+
+    progress.EVERY = steps // 2  # so that a row of metrics.csv is written after half of the steps
+    Run.validate = end  # type: ignore[assignment, method-assign]  # neither its time nor its memory is to be compared
     model, encoder, options = NETS[name]
-    settings = [f"model.name={model}", f"model.options={options}", "model.encoder_weights=false", f"train.batch={batch}"]
-    settings += [f"train.crop=[{crop[0]}, {crop[1]}]", "train.validations=1", "train.report=false", "train.freeze_batch_norm=false"]
-    settings += [f"train.augment={{scale: [{SCALE[0]}, {SCALE[1]}], brightness: {BRIGHTNESS}, contrast: {BRIGHTNESS}}}"]
-    settings += ["train.loss=[{name: cross_entropy}]"]
+    settings = [f"model.name={model}", f"model.options={options}", "model.encoder_weights=false", f"train.batch={task.batch}"]
+    settings += [
+        f"train.crop=[{task.crop[0]}, {task.crop[1]}]",
+        "train.validations=1",
+        "train.report=false",
+        "train.freeze_batch_norm=false",
+    ]
+    settings += [f"train.augment={{scale: [{task.scale[0]}, {task.scale[1]}], saturation: 0}}"]
+    settings += [f"train.augment.{key}={task.light}" for key in ("brightness", "contrast")]
+    settings += ["train.loss=[{name: cross_entropy}]", "train.class_weights=none"]
     settings += [f"model.encoder={encoder}"] if encoder else []
     with tempfile.TemporaryDirectory() as folder:
-        train(data / "camvid", out=Path(folder) / "run", steps=steps, settings=settings, console=Console(quiet=True))
-        with (Path(folder) / "run" / "metrics.csv").open() as file:
-            rows = [float(row["images_per_second"]) for row in csv.DictReader(file)]
-    return {"images_per_second": statistics.median(rows[len(rows) // 2 :]), "megabytes": peak()}
+        out, started = Path(folder) / "run", time.monotonic()
+        with suppress(TrainingIsOverError):
+            train(task.data, out=out, steps=steps, settings=settings, console=Console(quiet=True))
+        with (out / "metrics.csv").open() as file:
+            seconds = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
+    return [started + seconds[step] for step in (steps // 2, steps)]
 
 
-def peak() -> float:
-    """MB of resident memory that this process held at most, and the sum of what its workers did."""
-    from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+def run(side: str, name: str, given: argparse.Namespace) -> dict[str, float]:
+    """One side in a process of its own: images a second, processor seconds an image, MB."""
+    words = ["--data", given.data, "--nets", name, "--steps", given.steps, "--batch", given.batch, "--crop", *given.crop, "--side", side]
+    threads = {} if given.threads is None else {"OMP_NUM_THREADS": str(given.threads)}
+    found = watched([sys.executable, __file__, *map(str, words)], threads)
+    half, end = json.loads(found.output.splitlines()[-1])
+    images = (given.steps - given.steps // 2) * given.batch
+    return {
+        "images_per_second": images / (end - half),
+        "processor_seconds": found.processor_seconds(half, end) / images,
+        "megabytes": found.peak,
+    }
 
-    return (getrusage(RUSAGE_SELF).ru_maxrss + getrusage(RUSAGE_CHILDREN).ru_maxrss) / 1024
 
-
-def in_process(side: str, arguments: list[str]) -> dict[str, float]:
-    """One side in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *arguments, "--side", side], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians of both sides; ratios of the pairs of runs that followed each other."""
+    row: dict[str, Any] = {"net": name}
+    for key, digits in (("images_per_second", 3), ("processor_seconds", 3), ("megabytes", 0)):
+        for side, many in runs.items():
+            row[f"{side}_{key}"] = round(statistics.median(each[key] for each in many), digits)
+    pairs = list(zip(runs["ours"], runs["plain"], strict=True))
+    for key, ratios in (
+        ("times_faster", sorted(mine["images_per_second"] / theirs["images_per_second"] for mine, theirs in pairs)),
+        ("times_less_processor", sorted(theirs["processor_seconds"] / mine["processor_seconds"] for mine, theirs in pairs)),
+    ):
+        row[key] = [round(ratio, 2) for ratio in (statistics.median(ratios), ratios[0], ratios[-1])]
+    return row
 
 
 def main() -> None:
@@ -133,40 +107,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--steps", type=int, default=40, help="a multiple of 40, as speeds are noted every 20 steps")
+    parser.add_argument("--steps", type=int, default=40, help="an even number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, nargs=2, default=[224, 288])
+    parser.add_argument("--threads", type=int, help="of the network on both sides; every core without it")
     parser.add_argument("--side", choices=["ours", "plain"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        side = ours if given.side == "ours" else plain
-        found = side(given.nets[0], given.data, given.steps, given.batch, tuple(given.crop))
-        sys.stdout.write(json.dumps(found) + "\n")
+        side = our_marks if given.side == "ours" else marks
+        sys.stdout.write(json.dumps(side(given.nets[0], task_of(given.data, given.batch, tuple(given.crop)), given.steps)) + "\n")
         return
     rows: list[dict[str, Any]] = []
     for name in given.nets:
-        words = ["--data", given.data, "--nets", name, "--steps", given.steps, "--batch", given.batch, "--crop", *given.crop]
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
         for number in range(given.repeats):
-            for side in ("ours", "plain") if number % 2 else ("plain", "ours"):
-                runs[side].append(in_process(side, [str(word) for word in words]))
-        speed, memory = ({side: [run[key] for run in many] for side, many in runs.items()} for key in ("images_per_second", "megabytes"))
-        ratios = sorted(mine / theirs for mine, theirs in zip(speed["ours"], speed["plain"], strict=True))
-        rows.append(
-            {
-                "net": name,
-                "ours": round(statistics.median(speed["ours"]), 2),
-                "plain": round(statistics.median(speed["plain"]), 2),
-                "times_faster": round(statistics.median(ratios), 2),
-                "range": [round(ratios[0], 2), round(ratios[-1], 2)],
-                "ours_megabytes": round(statistics.median(memory["ours"])),
-                "plain_megabytes": round(statistics.median(memory["plain"])),
-            }
-        )
+            for turn in ("ours", "plain") if number % 2 else ("plain", "ours"):
+                runs[turn].append(run(turn, name, given))
+                sys.stderr.write(f"{name} {turn} {runs[turn][-1]}\n")
+        rows.append(row_of(name, runs))
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
-    content = {"steps": given.steps, "batch": given.batch, "crop": given.crop, "rows": rows}
+    content = {"steps": given.steps, "batch": given.batch, "crop": given.crop, "threads": given.threads, "rows": rows}
     write("speed-training", content, packages=("torch", "torchvision", "segmentation-models-pytorch"))
 
 

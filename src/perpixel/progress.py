@@ -32,9 +32,10 @@ class TrainingLog:
         self.path, self.console, self.section, self.writes = out / "metrics.csv", console, section, writes
         self.rows = _read_rows(self.path, first_step)
         self.board = _tensorboard(out, first_step) if writes else None
-        self.started = time.monotonic()
-        self.asked = self.busy = 0.0  # when the batch at hand was asked for; seconds spent on the steps of this row
-        self.waited, self.costs, self.miou = 0.0, list[float](), math.nan
+        self.asked = self.came = 0.0  # when the batch at hand was asked for, and when it came
+        self.busy = 0.0  # seconds spent on the steps of this row
+        self.waited = self.stepping = 0.0  # seconds waited for the batches of all steps; seconds of these steps, waiting included
+        self.costs, self.miou = list[float](), math.nan
         self.first_step = self.last_step = first_step
         self.latest = dict.fromkeys(("seconds", "images_per_second", "lr", "cost"), math.nan)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=console)
@@ -48,25 +49,24 @@ class TrainingLog:
         self.bar.stop()
         if self.board is not None:
             self.board.close()
-        seconds = time.monotonic() - self.started
         if self.last_step > self.first_step:
-            self.console.print(
-                f"[dim]{self.last_step - self.first_step} steps; {100 * self.waited / seconds:.1f} % of the time waiting for data[/]"
-            )
+            share = 100 * self.waited / max(1e-9, self.stepping)
+            self.console.print(f"[dim]{self.last_step - self.first_step} steps; {share:.1f} % of their time waiting for data[/]")
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, with the time that each is waited for counted."""
+        """The batches, with the time that each is waited for noted: read and augmented in this process, or by workers that are late."""
         iterator = iter(batches)
         while True:
             self.asked = time.monotonic()
             batch = next(iterator)
-            self.waited += time.monotonic() - self.asked
+            self.came = time.monotonic()
             yield batch
 
     def step(self, step: int, progress: float, seconds: float, cost: float, lr: float, left: float) -> None:
         """Notes one finished update, `seconds` after the start of the run."""
         self.costs.append(cost)
-        self.busy += time.monotonic() - self.asked
+        self.busy += (spent := time.monotonic() - self.asked)
+        self.waited, self.stepping = self.waited + self.came - self.asked, self.stepping + spent
         speed = len(self.costs) * self.section.batch / max(1e-9, self.busy)
         of = f" of {self.section.steps}" if self.section.steps else ""
         miou = "" if math.isnan(self.miou) else f"   val mIoU {self.miou:.3f}"
