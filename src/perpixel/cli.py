@@ -384,7 +384,7 @@ def _summarise(outcome: "Outcome", console: Console) -> None:
 
 
 @contextmanager
-def _live(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
+def _live(quiet: bool, what: str) -> Iterator[Callable[[float, int, str], None]]:
     """A progress bar on standard error; nothing where a program reads, or where no terminal shows it."""
     from rich.progress import Progress
 

@@ -29,7 +29,7 @@ from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_
 from perpixel.tiling import Tiler, at_once
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
-Progress = Callable[[int, int, str], None]  # (done, of, what)
+Progress = Callable[[float, int, str], None]  # (pictures done, with the share of blocks of the one in hand; of how many; what)
 ORDINARY = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}  # decoded whole, never georeferenced
 
 
@@ -224,7 +224,7 @@ class _Run:
                     else:
                         write(mosaic.put, region.block, arrays, region.damage)  # 8 write, a part of it
                         so_far = len(mine) - len(due) + done
-                        self.progress(number, len(self.pictures), f"{picture.name}, block {so_far} of {len(mine)}")
+                        self.progress(number + so_far / len(mine), len(self.pictures), f"{picture.name}, block {so_far} of {len(mine)}")
         if not alone:
             write(self._join, picture, source, targets, mosaic)
 

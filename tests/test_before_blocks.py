@@ -1,4 +1,4 @@
-"""The first pass over an image, for layers that take a mean of all of it: kept, shared between processes, and in the plan."""
+"""What is done and told before the blocks of an image: plan, progress, and the first pass for layers that take a mean of all of it."""
 
 import re
 import threading
@@ -151,3 +151,19 @@ def test_a_window_is_run_again_to_time_it_only_where_that_is_a_hundredth_of_the_
     source.size = (side, side)
     segmenter.plan(source, Limits())
     assert len(seen) == runs
+
+
+def test_progress_grows_within_an_image_and_over_all_and_names_the_first_pass(bundle, image, tmp_path):
+    (tmp_path / "b.tif").write_bytes(image.read_bytes())
+    seen: list[tuple[float, int, str]] = []
+    predict_files(
+        load(bundle, device="cpu"), [image, tmp_path / "b.tif"], tmp_path / "out", Task(format="tif"), lambda *told: seen.append(told)
+    )
+    done = [number for number, _, _ in seen]
+    assert done == sorted(done)
+    assert done[-1] == 2
+    assert {of for _, of, _ in seen} == {2}
+    blocks = {number: what for number, _, what in seen if "block" in what}
+    assert blocks[0.25] == "a, block 3 of 12"
+    assert blocks[1.5] == "b, block 6 of 12"
+    assert sum("b, first pass over the image, row 1 of" in what for _, _, what in seen) == 1
