@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from perpixel.compare import Pairing
 
 UNITS = {"points": "score (points)", "nats": "loss (nats)", "pixels": "distance (pixels)", "": "neurites"}
-WIDTH, HEIGHT = 260, 18  # of the drawing of an interval, in CSS pixels
+WIDTH, HEIGHT = 200, 18  # of the drawing of an interval, in CSS pixels
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -25,7 +25,7 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8eaed; --soft: #a3aab5; --paper: #14161a; --line: #363b43; --up: #7db7f5; --down: #ff9d5c; }
 }
-body { margin: 0 auto; max-width: 1000px; padding: 1rem; background: var(--paper); color: var(--ink); }
+body { margin: 0 auto; max-width: 1100px; padding: 1rem; background: var(--paper); color: var(--ink); }
 body { font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .86rem; } .scroll { overflow-x: auto; }
@@ -65,8 +65,9 @@ li { overflow-wrap: anywhere; }
 <p class="soft">{{ pair.absent_rule }} Of twenty classes that do not differ, one interval will leave zero out by chance.</p>
 {% endfor %}
 <p class="soft">Differences are the second run's minus the first's; 95 % intervals from 1,000 bootstrap resamples of the images, the same
-for both runs. Points are hundredths. Less is better of errors, distances and cost, and drawn to the right. Blue: the whole interval is
-better; orange: worse; grey: it holds zero, or fewer than six images have a say. perpixel {{ version }}</p>
+for both runs. Points are hundredths. Less is better of errors, distances and cost, and drawn to the right; neurite
+scores each to a scale of its own. Blue: the whole interval is better;
+orange: worse; grey: it holds zero, or fewer than six images have a say. perpixel {{ version }}</p>
 </body>
 </html>
 """

@@ -115,17 +115,19 @@ class Evaluation:
 
         One line for each key: text for people and short for programs.
         """
-        content, names = self.to_json(), self.region.images.names
         tables = {"region": self.region.images.table, **({} if self.scores is None else self.scores.tables())}
-        own = (len(self.classes), 3)  # the shape of most, which is not written
-        content["per_image"] = {"names": names} | {
-            name: tallies.packed(table) if table.shape[1:] == own else {"shape": table.shape[1:], "rows": tallies.packed(table)}
-            for name, table in tables.items()
-        }
-        lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+        kept = [f'"names": {json.dumps(self.region.images.names)}', *(self._packed(name, table) for name, table in tables.items())]
+        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_json().items()]
+        lines.append(f'"per_image": {{{", ".join(kept)}}}')
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+    def _packed(self, name: str, table: np.ndarray) -> str:
+        """One table as JSON, by itself: as Python's numbers all of them would take much memory. A shape of (K, 3) is not written."""
+        rows, shape = tallies.packed(table), list(table.shape[1:])
+        told = rows if shape == [len(self.classes), 3] else {"shape": shape, "rows": rows}
+        return f"{json.dumps(name)}: {json.dumps(told, allow_nan=False)}"
 
 
 @torch.inference_mode()

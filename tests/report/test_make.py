@@ -39,6 +39,7 @@ def test_unlabelled_images_of_another_folder_are_ranked(command, run, sample_set
     page = tmp_path / "report.html"
     pool = sample_set / "images" / "train"
     command("evaluate", run / "best.safetensors", sample_set / "images", sample_set / "masks", "--report", page, "--unlabelled", pool)
+    assert f"--unlabelled={pool} --report {page}" in page.read_text()  # the command that makes it again
     ranked = re.findall(r"<h3>\d+\. (\S+?)</h3><span class=\"small soft\">mean entropy", page.read_text("utf-8"))
     assert sorted(ranked) == sorted(path.stem for path in pool.iterdir())
 

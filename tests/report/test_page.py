@@ -220,6 +220,8 @@ def test_distances_neurite_scores_and_damaged_pieces_stand_there_when_there_are_
     assert squeezed(f"Rand error, best threshold {best:.4f} {low:.4f} – {high:.4f}") in text
     assert squeezed(f"adapted Rand error {found['intervals']['rand_error'][0]:.4f} – {found['intervals']['rand_error'][1]:.4f}") in text
     assert squeezed(f"cell {found['surface']['assd_classes'][1]:.1f} {found['surface']['hausdorff_classes'][1]:.1f} 0 0") in text
+    at = found["neurite"]["board"]["best"]["rand_error"]["threshold"]
+    assert squeezed(f"Best thresholds of the probability of cell: rand error {at:g},") in text
     assert squeezed("Damaged pieces that do not count (1)") in text
     assert squeezed(f"rows 0 to 64 {HOSTILE}") in text
     assert not page.all("img", src="x")

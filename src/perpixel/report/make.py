@@ -72,6 +72,7 @@ def evaluate_and_report(
         asked += [f"--scores={','.join(scores) or 'region'}"] if tuple(scores) != DEFAULT_GROUPS else []
         asked += [f"--absent={absent}"] if absent != "union" else []
         asked += [f"--inside={inside}"] if inside is not None else []
+        asked += [f"--unlabelled={unlabelled}"] if unlabelled is not None else []
         write_report(
             Path(report), path, loaded, result, findings, images, masks, pool, split=split, refine=refine, asked=asked, progress=progress
         )  # fmt: skip

@@ -121,7 +121,8 @@ def _variables(content: Content) -> dict[str, Any]:
         "reliability": _safe(_reliability(calibration)) if calibration and any(calibration["before"]["reliability"]["pixels"]) else "",
         "calibration": _calibration(calibration) if calibration else "",
         "atlas": atlas,
-        "atlas_words": f"The {len(atlas)} of {scores['images']} images with the largest loss." if atlas else "No image has a loss.",
+        "atlas_words": _atlas_words(len(atlas), scores["images"]),
+        "board_words": _board_words(scores.get("neurite")),
         "loss_scale": max((entry.loss for entry in atlas if math.isfinite(entry.loss)), default=0.0) or 1.0,
         "suspects": _within(content.suspects, BUDGET["suspects"], lambda suspect: suspect.crop),
         "proposals": _within(content.proposals, BUDGET["proposals"]),
@@ -186,6 +187,23 @@ def _set_rows(content: Content) -> list[dict[str, str]]:
             if measure.of_images:
                 rows[-1] |= {"value": "", "images": value}
     return rows
+
+
+def _atlas_words(shown: int, images: int) -> str:
+    if not shown:
+        return "No image has a loss."
+    return f"All {shown} images, by their loss." if shown == images > 1 else f"The {shown} of {images:,} images with the largest loss."
+
+
+def _board_words(neurite: Mapping[str, Any] | None) -> str:
+    """Where the rows of the boards come from, and the threshold of each."""
+    if not neurite:
+        return ""
+    best = neurite["board"]["best"]
+    at = ", ".join(f"{name.replace('_', ' ')} {row['threshold']:g}" for name, row in best.items() if row["threshold"] is not None)
+    rule = "The rows with a best threshold are as the boards of the EM challenge (ISBI 2012) have them, which is what papers state;"
+    words = f"Best thresholds of the probability of {neurite['inside']}: {at or 'none'}."
+    return f"{rule} those above them are of the most probable class. {words}"
 
 
 def _mistaken(content: Content) -> list[dict[str, Any]]:
