@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from perpixel import bundle as bundle_module
@@ -200,6 +201,61 @@ def test_views_and_tied_tensors_are_saved_as_what_they_show(tmp_path):
     assert torch.equal(read["tied"], read["again"])
 
 
+def test_the_file_is_what_the_formats_own_library_writes(tmp_path):
+    """Values, types and shapes as safetensors itself reads them, and the same length of data."""
+    tensors = {
+        "map": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+        "mask": torch.tensor([True, False, True]),
+        "none": torch.zeros(0, 4),
+        "double": torch.randn(2, dtype=torch.float64),
+    }
+    save_tensors(tmp_path / "ours.safetensors", tensors, {"key": "wörd"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors", {"key": "wörd"})
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert ours[name].shape == tensor.shape
+        assert torch.equal(ours[name], tensor)
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        assert file.metadata() == {"key": "wörd"}
+    sizes = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("ours", "theirs")]
+    assert len({len(data) - 8 - int.from_bytes(data[:8], "little") for data in sizes}) == 1
+
+
+def test_saving_copies_one_tensor_at_a_time(tmp_path):
+    """24 tensors of 4 MB in channels last, 96 MB in all, are saved in less than 24 MB more of the process's memory."""
+    tensors = {str(i): torch.ones(16, 64, 32, 32).to(memory_format=torch.channels_last) for i in range(24)}
+    save_tensors(tmp_path / "first.safetensors", {"0": tensors["0"]}, {})  # what saving loads
+    before = held()
+    most = watch_while(lambda: save_tensors(tmp_path / "all.safetensors", tensors, {}))
+    assert most - before < 24
+
+
+def held() -> float:
+    """MB that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def watch_while(work) -> float:
+    """The most MB held while `work` runs, looked at before each write."""
+    seen = []
+    plain = bundle_module._bytes_of
+
+    def seeing(tensor):
+        found = plain(tensor)
+        seen.append(held())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_module, "_bytes_of", seeing)
+        work()
+    assert len(seen) == 24
+    return max(seen)
+
+
 # ---- a save that does not come to its end
 
 
@@ -221,7 +277,7 @@ def test_a_full_disk_while_saving_leaves_the_old_bundle_whole_and_nothing_else(o
         half_written(*arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "save_file", full)
+    monkeypatch.setattr(bundle_module, "write_tensors", full)
     with pytest.raises(OSError, match=r"disk is full while writing .*best\.safetensors.*nothing already written is lost") as caught:
         save_tensors(old, WEIGHTS, {})
     assert caught.value.errno == errno.ENOSPC
@@ -229,8 +285,8 @@ def test_a_full_disk_while_saving_leaves_the_old_bundle_whole_and_nothing_else(o
     assert list(old.parent.iterdir()) == [old]
 
 
-def test_a_limit_met_within_the_library_that_writes_is_told_the_same_way(old):
-    """RLIMIT_FSIZE stops the library's own write halfway; its error is no OSError."""
+def test_a_limit_on_the_size_of_files_is_told_the_same_way(old):
+    """RLIMIT_FSIZE stops the write halfway."""
     before, limit = old.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
@@ -254,7 +310,7 @@ def test_killed_while_saving_the_old_bundle_stays_whole(old, monkeypatch, moment
             half_written(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(*((bundle_module, "save_file", die) if moment == "while it writes" else (os, "replace", die)))
+    monkeypatch.setattr(*((bundle_module, "write_tensors", die) if moment == "while it writes" else (os, "replace", die)))
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # torch's threads did not come along: a few numbers need none of them, and nothing may wait for one
