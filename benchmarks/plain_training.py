@@ -76,10 +76,9 @@ def plain_net(name: str, weights: Path | None = None) -> nn.Module:
     if weights is not None:
         from safetensors.torch import load_file
 
-        own, found = net.encoder.model.state_dict(), load_file(weights)
-        if missing := own.keys() - found.keys():
-            raise ValueError(f"{weights} lacks {len(missing)} tensors of the encoder of {name}, the first {min(missing)}")
-        net.encoder.model.load_state_dict({key: found[key] for key in own})
+        missing = net.encoder.model.load_state_dict(load_file(weights), strict=False).missing_keys  # the classifier is left over
+        if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+            raise ValueError(f"{weights} lacks {len(missing)} tensors of the encoder of {name}, the first {missing[0]}")
     return net
 
 

@@ -2,7 +2,8 @@
 
 python benchmarks/startup.py [--repeats 10]
 
-New processes, in turns; the median of each. Files are compiled, as after the first call of an installed program. A bare interpreter
+New processes, in turns; the median of each; what is allowed is compared with the processor's time, as other work on the machine is not
+perpixel's. Files are compiled, as after the first call of an installed program. A bare interpreter
 stands beside them, and is part of them.
 """
 

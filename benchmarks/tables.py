@@ -219,16 +219,64 @@ def training() -> str:
     lines = [
         "## Training: our loop and the plain one",
         "",
-        f"`{run['command']}` on {run['machine']}: images a second, in turns, {run['batch']} crops of {run['crop'][0]}x{run['crop'][1]} a "
-        "step; medians, and the range of the ratios. Memory is the peak, with the workers' own.",
+        f"`{run['command']}` on {run['machine']}: the same net, float32 data and augmentation, in turns, {run['batch']} crops of "
+        f"{run['crop'][0]}x{run['crop'][1]} a step; medians, and ratios of pairs of runs with their range. The processor's time, on all "
+        "cores and with the workers' own, is hardly touched by what else the machine does. Memory is the most that all processes of a "
+        "run held at once; ours holds the decoded images.",
         "",
-        "| net | ours | plain | times faster | range | our memory | plain |",
-        "|---|---|---|---|---|---|---|",
+        "| net | images/s, ours | plain | times faster | processor seconds an image, ours | plain | times less | our memory | plain |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in run["rows"]:
-        low, high = row["range"]
-        speeds = f"{row['ours']:.1f} | {row['plain']:.1f} | **{row['times_faster']:.2f}** | {low:.2f} to {high:.2f}"
-        lines.append(f"| {row['net']} | {speeds} | {row['ours_megabytes']:,} MB | {row['plain_megabytes']:,} MB |")
+        cells = [row["net"]]
+        for key, ratio in (("images_per_second", "times_faster"), ("processor_seconds", "times_less_processor")):
+            middle, low, high = row[ratio]
+            cells += [f"{row[f'ours_{key}']:.2f}", f"{row[f'plain_{key}']:.2f}", f"**{middle:.2f}** ({low:.2f} to {high:.2f})"]
+        cells += [f"{row[f'{side}_megabytes']:,.0f} MB" for side in ("ours", "plain")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def time_to_score() -> str:
+    """Both sides of time_to_score.py; nothing before it has been run."""
+    path = HERE / "results" / "speed-time-to-score.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text())
+    lines = [
+        f"## Time to a mean IoU of {run['until']} on {run['set']}",
+        "",
+        f"`{run['command']}` on {run['machine']}: `perpixel train` as planned and the plain loop, with the same encoder and its published "
+        f"weights, {run['minutes']:g} minutes each at most; from the start of the process to the first validation that reaches it.",
+        "",
+        "| loop | on the wall | of the processor | best mIoU | validations: seconds, mIoU |",
+        "|---|---|---|---|---|",
+    ]
+    for side in ("ours", "plain"):
+        found = run[side]
+        times = ["not reached" if found[key] is None else f"{found[key]:.0f} s" for key in ("seconds", "processor_seconds")]
+        curve = "; ".join(f"{seconds:.0f} s {miou:.3f}" for seconds, _, miou in found["validations"])
+        lines.append(f"| {side} | {' | '.join(times)} | {found['best_miou']:.3f} | {curve} |")
+    return "\n".join([*lines, ""])
+
+
+def startup() -> str:
+    """One row per call of startup.py; nothing before it has been run."""
+    path = HERE / "results" / "speed-startup.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text())
+    lines = [
+        "## Start-up",
+        "",
+        f"`{run['command']}` on {run['machine']}: medians of {run['repeats']} new processes.",
+        "",
+        "| what | on the wall | of the processor | at most |",
+        "|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        limit = "-" if row["limit"] is None else f"{row['limit']} s"
+        lines.append(f"| `{row['what']}` | {row['seconds']:.3f} s | {row['processor_seconds']:.3f} s | {limit} |")
     return "\n".join([*lines, ""])
 
 
@@ -254,5 +302,6 @@ def memory() -> str:
 
 if __name__ == "__main__":
     parts = ["## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""]
-    parts += [upper_bounds(), papers(), few_images(), bayesian(), refinement(), dense_crf(), speed(), training(), memory()]
+    parts += [upper_bounds(), papers(), few_images(), bayesian(), refinement(), dense_crf(), speed()]
+    parts += [training(), time_to_score(), startup(), memory()]
     (HERE.parent / "docs" / "results.md").write_text("\n".join([HEAD, *parts]))
