@@ -252,7 +252,7 @@ def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None, partly: boo
     count = len(tiff.pages)
     index = 0 if page is None else page
     if not 0 <= index < count:
-        cut = "; the file is cut off" if _is_cut(tiff) else ""
+        cut = "; the file is cut off" if tiff_is_cut(tiff) else ""
         raise PictureError(f"{path}[{index}]: there is no such page, only 0 to {count - 1}{cut}. Copy or export it again")
     found = _whole(tiff.pages[index])
     end = _end_of_tags(tiff, found)
@@ -279,7 +279,7 @@ def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
     return end
 
 
-def _is_cut(tiff: tifffile.TiffFile) -> bool:
+def tiff_is_cut(tiff: tifffile.TiffFile) -> bool:
     """Whether the chain of pages points on beyond the last page found (TIFF 6.0, section 2): tifffile only logs that."""
     form, handle = tiff.tiff, tiff.filehandle
     handle.seek(tiff.pages[len(tiff.pages) - 1].offset)
@@ -297,7 +297,7 @@ def _stack(tiff: tifffile.TiffFile) -> list[int]:
     kept = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
     if len({pages[i].shape for i in kept}) > 1:
         return []
-    if _is_cut(tiff):
+    if tiff_is_cut(tiff):
         kept.append(len(pages))
     return kept if len(kept) > 1 else []
 
