@@ -9,7 +9,7 @@ import logging
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,8 +264,16 @@ def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None, partly: boo
     return found
 
 
-def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
-    """Where the values of the tags that describe pixels end. tifffile takes a default where one lies beyond the end of the file."""
+def loses_description(tiff: tifffile.TiffFile) -> bool:
+    """Whether the ImageDescription of the first page, which may be that of OME, lies beyond the end of the file."""
+    return _end_of_tags(tiff, _whole(tiff.pages[0]), {270}) > tiff.filehandle.size
+
+
+def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage, codes: Collection[int] = _PIXEL_TAGS) -> int:
+    """Where the values of some tags end, by default of those that describe pixels.
+
+    tifffile takes a default where one lies beyond the end of the file.
+    """
     form, handle, end = tiff.tiff, tiff.filehandle, 0
     handle.seek(page.offset)
     (count,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
@@ -274,7 +282,7 @@ def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
         code, kind = struct.unpack_from(form.tagformat1, entries, at)
         number, raw = struct.unpack_from(form.tagformat2, entries, at + struct.calcsize(form.tagformat1))
         size = number * _TAG_BYTES.get(kind, 1)
-        if code in _PIXEL_TAGS and size > len(raw):
+        if code in codes and size > len(raw):
             end = max(end, int(struct.unpack(form.offsetformat, raw)[0]) + size)
     return end
 

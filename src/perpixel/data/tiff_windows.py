@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from perpixel.data.decoding import PictureError, from_tiff, is_tiff, tiff_alpha, tiff_header, tiff_is_cut, tiff_orientation, tiff_page
+from perpixel.data.decoding import (
+    PictureError,
+    from_tiff,
+    is_tiff,
+    loses_description,
+    tiff_alpha,
+    tiff_header,
+    tiff_is_cut,
+    tiff_orientation,
+    tiff_page,
+)
 from perpixel.data.geo import place_of
 from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
@@ -71,11 +81,11 @@ def ome_slices(path: Path) -> list[list[int]] | None:
         if not path.is_file() or not is_tiff(path):
             return None
         with tifffile.TiffFile(path) as tiff:
+            if tiff_is_cut(tiff) and (tiff.is_ome or loses_description(tiff)):
+                what = "the file is cut off: directories of pages are lost, and with them which pages are bands of one picture"
+                raise PictureError(f"{path}: {what}. Copy or export it again, or take it away")
             if not tiff.is_ome:
                 return None
-            if tiff_is_cut(tiff):
-                what = "the file is cut off: the directories of its last pages are lost, and with them which pages are bands of one picture"
-                raise PictureError(f"{path}: {what}. Copy or export it again, or take it away")
             series = tiff.series[0]
             axes = series.axes[: series.axes.index("Y")]
             if any(page is not None and page.parent is not tiff for page in series.pages):
