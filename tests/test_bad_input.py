@@ -221,6 +221,11 @@ def test_a_pixel_that_is_nan_spoils_a_file_for_check_and_only_itself_for_predict
     assert np.argwhere(np.asarray(Image.open(tmp_path / "out" / "02.png")) == 255).tolist() == [[3, 4]]
 
 
+def test_a_file_in_place_of_the_folder_for_labels_is_refused_by_name(command, make_bundle, scenes):
+    said = command("predict", make_bundle(), scenes / "images" / "00.png", "-o", scenes / "images" / "01.png")
+    assert (said.code, "01.png: is a file, and the labels need a folder; name another with -o" in said.err) == (2, True)
+
+
 def test_what_is_left_of_a_tiff_that_was_cut_off_is_labelled_and_scored_and_check_and_strict_refuse_it(
     command, make_bundle, check, evaluate, scenes, tmp_path
 ):

@@ -111,6 +111,8 @@ def predict_files(
     task = task or Task()
     if task.samples is not None:
         segmenter.refuse_samples()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, and the labels need a folder; name another with -o")
     pictures = find_sources(inputs, segmenter.bundle.card.bands)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))

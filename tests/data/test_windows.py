@@ -105,6 +105,16 @@ def test_channels_of_an_ome_tiff_are_bands_and_its_depth_slices(tmp_path):
         windows_equal(source, whole, count=3)
 
 
+def test_an_ome_tiff_that_lost_pages_is_refused_once_and_its_bands_are_not_taken_for_pictures(tmp_path):
+    values = noise(2, 3, *SIZE)
+    tifffile.imwrite(tmp_path / "a.ome.tif", values, metadata={"axes": "ZCYX"}, photometric="minisblack", tile=(64, 64), compression="zlib")
+    data = (tmp_path / "a.ome.tif").read_bytes()
+    (tmp_path / "a.ome.tif").write_bytes(data[: len(data) // 2])
+    (picture,) = find_sources([tmp_path / "a.ome.tif"])
+    with pytest.raises(ValueError, match=r"a\.ome\.tif: the file is cut off: directories of pages are lost"):
+        open_source(picture)
+
+
 def test_a_strip_is_decoded_once_for_a_row_of_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(tiff_windows, "SMALL", 0)
     monkeypatch.setattr(tiff_windows, "KEPT_BYTES", 1)

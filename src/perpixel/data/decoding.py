@@ -9,7 +9,7 @@ import logging
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,7 +252,7 @@ def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None, partly: boo
     count = len(tiff.pages)
     index = 0 if page is None else page
     if not 0 <= index < count:
-        cut = "; the file is cut off" if _is_cut(tiff) else ""
+        cut = "; the file is cut off" if tiff_is_cut(tiff) else ""
         raise PictureError(f"{path}[{index}]: there is no such page, only 0 to {count - 1}{cut}. Copy or export it again")
     found = _whole(tiff.pages[index])
     end = _end_of_tags(tiff, found)
@@ -264,8 +264,16 @@ def tiff_page(tiff: tifffile.TiffFile, path: Path, page: int | None, partly: boo
     return found
 
 
-def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
-    """Where the values of the tags that describe pixels end. tifffile takes a default where one lies beyond the end of the file."""
+def loses_description(tiff: tifffile.TiffFile) -> bool:
+    """Whether the ImageDescription of the first page, which may be that of OME, lies beyond the end of the file."""
+    return _end_of_tags(tiff, _whole(tiff.pages[0]), {270}) > tiff.filehandle.size
+
+
+def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage, codes: Collection[int] = _PIXEL_TAGS) -> int:
+    """Where the values of some tags end, by default of those that describe pixels.
+
+    tifffile takes a default where one lies beyond the end of the file.
+    """
     form, handle, end = tiff.tiff, tiff.filehandle, 0
     handle.seek(page.offset)
     (count,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
@@ -274,12 +282,12 @@ def _end_of_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> int:
         code, kind = struct.unpack_from(form.tagformat1, entries, at)
         number, raw = struct.unpack_from(form.tagformat2, entries, at + struct.calcsize(form.tagformat1))
         size = number * _TAG_BYTES.get(kind, 1)
-        if code in _PIXEL_TAGS and size > len(raw):
+        if code in codes and size > len(raw):
             end = max(end, int(struct.unpack(form.offsetformat, raw)[0]) + size)
     return end
 
 
-def _is_cut(tiff: tifffile.TiffFile) -> bool:
+def tiff_is_cut(tiff: tifffile.TiffFile) -> bool:
     """Whether the chain of pages points on beyond the last page found (TIFF 6.0, section 2): tifffile only logs that."""
     form, handle = tiff.tiff, tiff.filehandle
     handle.seek(tiff.pages[len(tiff.pages) - 1].offset)
@@ -297,7 +305,7 @@ def _stack(tiff: tifffile.TiffFile) -> list[int]:
     kept = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
     if len({pages[i].shape for i in kept}) > 1:
         return []
-    if _is_cut(tiff):
+    if tiff_is_cut(tiff):
         kept.append(len(pages))
     return kept if len(kept) > 1 else []
 

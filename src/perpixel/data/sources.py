@@ -46,7 +46,10 @@ def _with_bands_together(pictures: Iterable[Picture]) -> list[Picture]:
     slices: dict[Path, list[Picture]] = {}
     for picture in pictures:
         if picture.page is not None and picture.path not in slices:
-            count = len(ome_slices(picture.path) or [])
+            try:
+                count = len(ome_slices(picture.path) or [])
+            except PictureError:
+                count = 1  # what is wrong with it is told when it is read
             slices[picture.path] = [Picture(picture.path, number if count > 1 else None) for number in range(count)]
         found.update(dict.fromkeys(slices.get(picture.path) or [picture]))
     return list(found)

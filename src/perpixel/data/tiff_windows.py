@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from perpixel.data.decoding import PictureError, from_tiff, is_tiff, tiff_alpha, tiff_header, tiff_orientation, tiff_page
+from perpixel.data.decoding import (
+    PictureError,
+    from_tiff,
+    is_tiff,
+    loses_description,
+    tiff_alpha,
+    tiff_header,
+    tiff_is_cut,
+    tiff_orientation,
+    tiff_page,
+)
 from perpixel.data.geo import place_of
 from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
@@ -62,11 +72,18 @@ def mask_file(path: Path) -> Path:
 
 
 def ome_slices(path: Path) -> list[list[int]] | None:
-    """Pages of each slice of an OME-TIFF that keeps its bands (axis C) on pages of their own; None for all other files."""
+    """Pages of each slice of an OME-TIFF that keeps its bands (axis C) on pages of their own; None for all other files.
+
+    Raises:
+        PictureError: it was cut off before the directory of its last page, so that nobody knows which pages are bands of one picture.
+    """
     try:
         if not path.is_file() or not is_tiff(path):
             return None
         with tifffile.TiffFile(path) as tiff:
+            if tiff_is_cut(tiff) and (tiff.is_ome or loses_description(tiff)):
+                what = "the file is cut off: directories of pages are lost, and with them which pages are bands of one picture"
+                raise PictureError(f"{path}: {what}. Copy or export it again, or take it away")
             if not tiff.is_ome:
                 return None
             series = tiff.series[0]
@@ -79,6 +96,8 @@ def ome_slices(path: Path) -> list[list[int]] | None:
             return [
                 [int(page) for page in pages] for pages in np.moveaxis(numbers, axes.index("C"), -1).reshape(-1, series.sizes["channel"])
             ]
+    except PictureError:
+        raise
     except Exception:  # whatever is wrong with it is told when it is read
         return None
 
