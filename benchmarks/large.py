@@ -30,6 +30,7 @@ import numpy as np
 import tifffile
 import torch
 
+from perpixel.budget import keep_freed_memory
 from perpixel.bundle import Card, save_bundle
 from perpixel.data.images import default_colors, read_image
 from perpixel.data.layouts import find_layout
@@ -109,6 +110,7 @@ def memory(folder: Path, side: int, minutes: float) -> dict[str, Any]:
 
 def throughput(folder: Path, pairs: int, whole: int) -> dict[str, Any]:
     """Prediction from file to file against the bare network on as many windows of the same size, in turns."""
+    keep_freed_memory()  # as the command does
     images, found = [folder / "large.tif", folder / "half.tif"], {}
     for image, side in zip(images, (whole, whole // 2), strict=True):
         write_image(image, side)

@@ -183,11 +183,13 @@ def predict(
 
     Very large and georeferenced images become tiled TIFF. An interrupted prediction goes on where it was with the same command.
     """
-    from perpixel.budget import Limits, parse_bytes
+    from perpixel.budget import Limits, keep_freed_memory, parse_bytes
     from perpixel.predict import Task, load, predict_files, shard_of
 
     console = Console()
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
+    if ram is None:
+        keep_freed_memory()
     task = Task(overlay, probabilities, entropy, samples, format_, strict, Limits(ram, vram), shard_of(shard))
     with _live(False, "predicting") as progress:
         segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
