@@ -91,9 +91,10 @@ class ZarrSource:
         return as_window(pixels, known, damage)
 
     def _pixels(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """(C, h, w) as stored."""
+        """(C, h, w) as stored, in the byte order of this machine (arrays of zarr 2 keep that of the file)."""
         chosen: dict[str, Any] = {**self._fixed, "y": slice(top, top + height), "x": slice(left, left + width), "c": slice(None)}
         part = np.asarray(self._array[tuple(chosen[axis] for axis in self._axes)])
+        part = part.astype(part.dtype.newbyteorder("="), copy=False)
         kept = [axis for axis in self._axes if axis not in self._fixed]
         if "c" not in kept:
             kept, part = ["c", *kept], part[None]
