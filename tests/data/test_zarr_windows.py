@@ -27,3 +27,22 @@ def test_the_byte_order_of_a_store_changes_neither_numbers_nor_their_type(tmp_pa
     assert window.pixels.dtype == (np.uint16 if kind.endswith("u2") else np.float32)
     assert window.pixels.dtype.isnative
     assert np.array_equal(window.pixels[0], values[3:23, 5:35])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("no room"), (MemoryError, "no room")),
+        (PermissionError(13, "denied"), (ValueError, r"a\.zarr: no permission to read it")),
+        (ModuleNotFoundError("No module named 'pcodec'"), (ValueError, r"a\.zarr: a decoder .* \(No module named 'pcodec'\); pip install")),
+    ],
+)
+def test_what_is_wrong_with_this_machine_is_not_called_damage_of_every_chunk(tmp_path, monkeypatch, error, told):
+    source = open_source(Picture(store(tmp_path / "a.zarr", np.ones((32, 40), np.uint8))))
+
+    async def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", broken)
+    with pytest.raises(told[0], match=told[1]):
+        source.read(0, 0, 32, 40)

@@ -3,8 +3,9 @@
 `sources.py` finds and opens them; `tiff_windows.py`, `zarr_windows.py` and `geo.py` read their kinds of file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,6 +95,17 @@ def hole_lines(name: object, damage: Mapping[tuple[int, int, int, int], str]) ->
             top, height = joined[-1][0], joined.pop()[2] + height
         joined.append((top, left, height, width, why))
     return [_hole_words(name, *piece) for piece in sorted(joined)]
+
+
+Box = tuple[int, int, int, int]
+
+
+def segments_in(size: tuple[int, int], segment: tuple[int, int], window: Box) -> Iterator[tuple[Box, Box]]:
+    """The segments of a picture that a window touches: (top, left, height, width) of each, and (top, left, bottom, right) in the window."""
+    (rows, columns), (high, wide), (top, left, height, width) = size, segment, window
+    for y, x in product(range(top // high * high, top + height, high), range(left // wide * wide, left + width, wide)):
+        seen = (max(y, top), max(x, left), min(y + high, top + height), min(x + wide, left + width))
+        yield (y, x, min(high, rows - y), min(wide, columns - x)), seen
 
 
 def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:
