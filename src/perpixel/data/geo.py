@@ -17,6 +17,7 @@ from perpixel.data.windows import Place, Window, as_window, segments_in, without
 GEO_SUFFIXES = frozenset({".vrt", ".img"})  # mosaics of files and Erdas Imagine; GeoTIFF goes by its content
 # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+CACHE_IN_BYTES = 100_000  # a smaller GDAL_CACHEMAX is in MB (https://gdal.org/en/stable/user/configoptions.html)
 NODATA_TAG = 42113  # GDAL_NODATA, a number as text
 
 
@@ -56,6 +57,12 @@ class RasterSource:
 
     def keep(self, rows: int) -> None:
         """GDAL has a cache of its own."""
+
+    def held(self, rows: int) -> int:
+        """GDAL's cache, which is one for all files and 5 % of the machine's memory where GDAL_CACHEMAX says nothing else."""
+        limit = int(self._rasterio.env.get_gdal_config("GDAL_CACHEMAX"))
+        everything = self.size[0] * self.size[1] * sum(np.dtype(kind).itemsize for kind in self._file.dtypes)
+        return min(limit if limit >= CACHE_IN_BYTES else limit * 2**20, everything)
 
     def close(self) -> None:
         """Close the file."""

@@ -51,6 +51,10 @@ class Source(Protocol):
         """Windows of `rows` rows come from left to right, so strips have to be kept for all of them."""
         ...
 
+    def held(self, rows: int) -> int:
+        """Bytes that it holds beside the window in hand, at most, when windows of `rows` rows come from left to right (`keep`)."""
+        ...
+
     def close(self) -> None:
         """Nothing more is read."""
         ...
@@ -73,6 +77,10 @@ class WholeSource:
 
     def keep(self, rows: int) -> None:
         """All is kept as it is."""
+
+    def held(self, rows: int) -> int:
+        """All of it."""
+        return self.pixels.nbytes
 
     def close(self) -> None:
         """Nothing is open."""

@@ -64,6 +64,13 @@ class ZarrSource:
     def keep(self, rows: int) -> None:
         """Chunks are small; each is decoded once for each window that touches it."""
 
+    def held(self, rows: int) -> int:
+        """Chunks (shards) that zarr works on at a time, encoded and decoded, while a window is read; nothing between windows."""
+        piece = self._array.shards or self._array.chunks
+        count = prod(-(-length // side) for length, side in zip(self._array.shape, piece, strict=True))
+        at_once = int(import_module("zarr").config.get("async.concurrency"))
+        return 2 * min(at_once, count) * prod(piece) * int(self._array.dtype.itemsize)
+
     def close(self) -> None:
         """Nothing stays open between reads."""
 
