@@ -231,10 +231,11 @@ def test_an_error_of_the_writer_is_not_blamed_on_other_pictures(make_bundle, tmp
         predict_files(load(make_bundle(), device="cpu"), [images], tmp_path / "out", Task(overlay=True))
 
 
-def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monkeypatch, small_blocks):
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monkeypatch, small_blocks, kind):
     segmenter = load(make_bundle(tile=64, overlap=16), device="cpu")
     image, out = tiff(tmp_path / "a.tif", 300, 420), tmp_path / "out"
-    shares = [Task(format="tif", shard=(part, 2)) for part in (0, 1)]
+    shares = [Task(format=kind, shard=(part, 2)) for part in (0, 1)]
     assert predict_files(segmenter, [image], out, shares[1]).shared == 1
     own, first = predict.write_layer, [True]
 
@@ -244,9 +245,10 @@ def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monk
         own(*arguments)
 
     monkeypatch.setattr(predict, "write_layer", slow)
-    assert predict_files(segmenter, [image], out, shares[0]).written == [out / "a.tif"]
-    assert [path.name for path in out.iterdir()] == ["a.tif"]
-    assert np.array_equal(tifffile.imread(out / "a.tif"), segmenter.predict(image))
+    assert predict_files(segmenter, [image], out, shares[0]).written == [out / f"a.{kind}"]
+    assert [path.name for path in out.iterdir()] == [f"a.{kind}"]
+    labels = tifffile.imread(out / "a.tif") if kind == "tif" else zarr.open(out / "a.zarr", mode="r")[:]
+    assert np.array_equal(labels, segmenter.predict(image))
 
 
 def test_a_share_of_ordinary_pictures_does_not_decode_those_of_others(make_bundle, tmp_path, monkeypatch):
