@@ -7,7 +7,7 @@ import tifffile
 from perpixel.data.images import Picture
 from perpixel.data.sources import open_source
 
-pytest.importorskip("rasterio")
+rasterio = pytest.importorskip("rasterio")
 SHEET = (
     '<SimpleSource><SourceFilename relativeToVRT="1">{0}.tif</SourceFilename><SourceBand>1</SourceBand>'
     '<SrcRect xOff="0" yOff="0" xSize="256" ySize="256"/><DstRect xOff="{1}" yOff="0" xSize="256" ySize="256"/></SimpleSource>'
@@ -37,3 +37,13 @@ def test_of_a_vrt_only_the_block_with_the_damaged_tile_of_a_sheet_is_not_known(t
         assert list(window.damage) == [(128, 256, 128, 128)]
         assert np.array_equal(window.known, expected[part])
         assert np.array_equal(window.pixels[0], np.where(expected, pixels, 0)[part])
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_a_raster_holds_what_gdal_s_cache_may_hold_and_no_more_than_the_file_has(tmp_path):
+    with rasterio.open(tmp_path / "a.img", "w", driver="HFA", width=2048, height=1024, count=3, dtype="uint16") as file:
+        file.write(np.ones((3, 1024, 2048), np.uint16))
+    source = open_source(Picture(tmp_path / "a.img"))
+    for megabytes in (5, 2**10):
+        with rasterio.Env(GDAL_CACHEMAX=megabytes):
+            assert source.held(256) == min(megabytes * 2**20, 3 * 1024 * 2048 * 2)
