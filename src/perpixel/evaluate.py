@@ -79,10 +79,11 @@ class Evaluation:
             found |= {"pixel_accuracy": tallies.pixel_accuracy(sums), "fwiou": tallies.fwiou(sums)}
             return np.concatenate([np.stack([found[name] for name in names], -1), tallies.iou(tallies.without_missed(sums, whole))], -1)
 
-        held = np.concatenate([np.full(len(names), len(images)), tallies.holding(images.table)])
+        count = int(images.table.any((1, 2)).sum())  # all but those of void alone
+        held = np.concatenate([np.full(len(names), count), tallies.holding(images.table)])
         every = interval(images.table, scores_of, held=held, bounds=(0, 1))
         value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
-        found = {name: Interval(value[k], low[k], high[k], every.level, len(images)) for k, name in enumerate(names)}
+        found = {name: Interval(value[k], low[k], high[k], every.level, count) for k, name in enumerate(names)}
         value, low, high, held = (part[len(names) :] for part in (value, low, high, held))
         found["iou"] = Interval(value, low, high, every.level, held)
         losses = np.array(list(self.losses.values()))
@@ -111,12 +112,15 @@ class Evaluation:
         }
 
     def to_file(self, path: Path) -> None:
-        """Writes `to_json`, and under "per_image" the counts of each image, which `perpixel compare` reads.
+        """Writes `to_json`, and under "per_image" the counts of each image and whether it was held whole, for `perpixel compare`.
 
         One line for each key: text for people and short for programs.
         """
         tables = {"region": self.region.images.table, **({} if self.scores is None else self.scores.tables())}
-        kept = [f'"names": {json.dumps(self.region.images.names)}', *(self._packed(name, table) for name, table in tables.items())]
+        images = self.region.images
+        whole = [1] * len(images) if self.scores is None else [int(seen) for seen in self.scores.seen_whole]
+        kept = [f'"names": {json.dumps(images.names)}', f'"whole": {json.dumps(whole)}']
+        kept += [self._packed(name, table) for name, table in tables.items()]
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_json().items()]
         lines.append(f'"per_image": {{{", ".join(kept)}}}')
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ class Interval:
 
     `value`, `low` and `high` are floats for a single score, and arrays (K,) for a score of each class. Where a class is missing from a
     resampled set, that resample is left out for the class. The bounds are NaN for fewer than two images, which tell nothing of others.
-    `images` is the number that the score rests on, of each class (K,) where that was said.
+    `images` is the number that the score rests on: those with any count, or of each class (K,) where that was said.
     """
 
     value: np.ndarray | float
@@ -58,7 +58,8 @@ def interval(
     """Interval of a score computed from counts summed over the set.
 
     Args:
-        table: (N, *shape) counts of each image, such as `PerImage.table`.
+        table: (N, *shape) counts of each image, such as `PerImage.table`. An image with no count at all, as one of void alone, says
+            nothing: it is not drawn, and is none of the images that the score rests on.
         score: of summed counts, such as `tallies.miou` or `tallies.iou`; it is called with a leading axis of resamples.
         resamples: sets drawn.
         seed: same seed, same N: same draws.
@@ -66,6 +67,7 @@ def interval(
         held: (K,) in how many images each class is (`tallies.holding`), for a score of each class; None: in all.
         bounds: least and largest value that the score can have.
     """
+    (table,) = _with_content(table)
     drawn = [score(sums) for (sums,) in _resampled(resamples, seed, table)]
     return _interval(score(table.sum(0)), drawn, level, len(table), held, bounds)
 
@@ -89,6 +91,7 @@ def difference(
     """
     if first.shape != second.shape:
         raise ValueError(f"counts of shape {first.shape} and {second.shape} cannot be paired; score both runs on the same images")
+    first, second = _with_content(first, second)
     drawn = [score(b) - score(a) for a, b in _resampled(resamples, seed, first, second)]
     return _interval(score(second.sum(0)) - score(first.sum(0)), drawn, level, len(first), held, bounds)
 
@@ -106,6 +109,12 @@ def values_table(values: np.ndarray) -> np.ndarray:
 def value_mean(sums: np.ndarray) -> np.ndarray:
     """(...): mean over the images that have a value, from sums over a `values_table`."""
     return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
+def _with_content(*tables: np.ndarray) -> list[np.ndarray]:
+    """The images of which any of the tables holds something."""
+    kept = np.any([table.reshape(len(table), math.prod(table.shape[1:])).any(1) for table in tables], axis=0)
+    return [table[kept] for table in tables]
 
 
 def _resampled(resamples: int, seed: int, *tables: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

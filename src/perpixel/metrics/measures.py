@@ -77,9 +77,9 @@ class Measure:
         """(K,) of each run, and the difference of each class; for measures with `bind_classes`."""
         if self.bind_classes is None:
             raise ValueError(f"{self.words} has no score of each class")
-        tables, score = self.bind_classes([first, second], absent)
-        held = tallies.holding(tables[0]) if tables[0].shape[2:] == (3,) else _with_value(tables[0])
-        one, two = tables
+        (one, two), score = self.bind_classes([first, second], absent)
+        # Of contours those of the truth: what a run draws where the class is not is no image of it. A distance needs both runs.
+        held = tallies.holding(first) if first.shape[2:] == (3,) else _with_value(one)
         return score(one.sum(0)), score(two.sum(0)), difference(one, two, score, held=held, bounds=(-self.most, self.most))
 
 
