@@ -368,6 +368,30 @@ def test_other_masks_no_common_image_and_files_without_counts_are_refused(file, 
         compare([first])
 
 
+def test_a_file_name_that_is_no_text_stops_neither_the_tables_nor_the_page(tmp_path, command):
+    """Names of files are bytes to Linux, and those that are no UTF-8 come as lone surrogates, which no encoder takes."""
+    for name, rate in (("a", 0.5), ("b", 0.1)):
+        evaluation(rate, folder="set\udcff").to_file(tmp_path / f"{name}.json")
+    page = tmp_path / "page.html"
+    said = command("compare", tmp_path / "a.json", tmp_path / "b.json", "--html", page)
+    assert said.code == 0
+    assert re.search(r"points  set\\udcff/\d\d\.png", said.out)
+    assert re.search(r"points: set\?/\d\d\.png", page.read_text("utf-8"))
+
+
+def test_runs_scored_in_other_ways_are_compared_and_it_is_said(tmp_path):
+    for name, change in (("a", {}), ("b", {"precision": "bf16", "refined": "dense_crf (its defaults)", "augment": "flips"})):
+        made = evaluation(0.3)
+        vars(made).update(change)
+        made.to_file(tmp_path / f"{name}.json")
+    (found,) = compare([tmp_path / "a.json", tmp_path / "b.json"])
+    assert found.notes == [
+        "the runs differ in precision of the network: float32 and bf16",
+        "the runs differ in refinement: none and dense_crf (its defaults)",
+        "the runs differ in views of each image: one and flips",
+    ]
+
+
 def test_the_page_holds_every_number_is_escaped_and_draws_better_to_the_right(file, tmp_path):
     found = compare([file("a<b>", 0.5), file("b", 0.2, seed=1)])
     write_page(found, tmp_path / "page.html")

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ from perpixel.scores import plain
 
 HOW = "Such a file is written by `perpixel evaluate --json-out FILE`, and by `perpixel train` as RUN/evaluation.json."
 OF_ANY_IMAGE = ("region", "losses")  # tables that hold also images that were scored block by block
+WAYS = {  # key in the file -> words, and what stands for none
+    "precision": ("precision of the network", "float32"),
+    "refined": ("refinement", "none"),
+    "augment": ("views of each image", "one"),
+}
 NAMED = 5  # images on each side, in the table for people
 
 
@@ -44,6 +49,7 @@ class RunScores:
     tables: dict[str, np.ndarray]
     whole: np.ndarray
     inside: str = ""
+    ways: Mapping[str, str] = field(default_factory=dict)  # how the scores came about: each key of `WAYS`, where the file has it
 
     @property
     def region(self) -> np.ndarray:
@@ -54,7 +60,7 @@ class RunScores:
         """Only these images and classes, in this order."""
         tables = {name: table[images][:, list(classes)] if name in CLASS_TABLES else table[images] for name, table in self.tables.items()}
         names, chosen = [self.classes[place] for place in classes], [self.images[place] for place in images]
-        return RunScores(self.name, names, chosen, tables, self.whole[images], self.inside)
+        return RunScores(self.name, names, chosen, tables, self.whole[images], self.inside, self.ways)
 
 
 @dataclass
@@ -189,7 +195,7 @@ def read_scores(path: Path) -> RunScores:
             raise ValueError("there are no counts of pixels")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its scores are damaged: {error}. {HOW}") from None
-    return RunScores(str(path), classes, names, tables, whole, inside)
+    return RunScores(str(path), classes, names, tables, whole, inside, {key: str(content[key]) for key in WAYS if key in content})
 
 
 def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
@@ -203,6 +209,8 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
             f"{second.name}: the truth of {len(unlike)} images is not that of {first.name}, such as {one.images[unlike[0]]}: "
             "other masks, or another label map. Score both on the same"
         )
+    ways = {words: [run.ways.get(key, unless) or unless for run in (one, two)] for key, (words, unless) in WAYS.items()}
+    notes += [f"the runs differ in {words}: {' and '.join(pair)}" for words, pair in ways.items() if pair[0] != pair[1]]
     measures = _shared(one, two, notes)
     pairs = {name: _tables_of(measure, one, two) for name, measure in measures.items()}
     by_class = {

@@ -90,7 +90,7 @@ def with_stray(table: np.ndarray) -> np.ndarray:
     resample."""
     whole = table.sum(0)
     stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
-    counts = table.any((1, 2))[:, None, None]
+    counts = np.asarray(table.any((1, 2)))[:, None, None]
     return np.where(counts & stray[:, None] & (np.arange(3) == 2), np.maximum(table, 1), table)
 
 
