@@ -80,12 +80,14 @@ class Evaluation:
             return np.concatenate([np.stack([found[name] for name in names], -1), tallies.iou(tallies.without_missed(sums, whole))], -1)
 
         count = int(images.table.any((1, 2)).sum())  # all but those of void alone
-        held = np.concatenate([np.full(len(names), count), tallies.holding(images.table)])
+        holding = tallies.holding(images.table)
+        of_all = count * np.eye(1, len(holding), dtype=np.int64)[0]  # scores that are no mean over classes rest on all images
+        held = np.stack([*(holding if name in tallies.MEANS else of_all for name in names), *np.diag(holding)])
         every = interval(images.table, scores_of, held=held, bounds=(0, 1))
         value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
         found = {name: Interval(value[k], low[k], high[k], every.level, count) for k, name in enumerate(names)}
-        value, low, high, held = (part[len(names) :] for part in (value, low, high, held))
-        found["iou"] = Interval(value, low, high, every.level, held)
+        value, low, high = (part[len(names) :] for part in (value, low, high))
+        found["iou"] = Interval(value, low, high, every.level, holding)
         losses = np.array(list(self.losses.values()))
         found["cost"] = COST.interval(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan), absent)
         return found if self.scores is None else found | self.scores.intervals(absent)
