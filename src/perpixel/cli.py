@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -351,6 +352,8 @@ def demo(
 def main() -> None:
     """The `perpixel` command. Bad input ends with one message and exit code 2, no traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait cost a third of the speed on a busy machine
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold bytes that are no text: as stderr shows them
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(stderr=True, soft_wrap=True)
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
