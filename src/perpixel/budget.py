@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from perpixel.data.mosaics import Grid
 from perpixel.data.windows import Source
 from perpixel.models.model import SegmentationModel
-from perpixel.tiling import Tiler
+from perpixel.tiling import KEPT, Tiler
 
 WHOLE = 2**22  # pixels; an image up to this size is one block, so that a refiner sees all of it
 SIDE = 2048  # pixels, the largest side of a block: larger ones gain little and hold more
 SCORES = 2**28  # bytes of a block's scores where no limit is given
+MOST = 2**30  # bytes of the scores of an image that is one block all the same
 BATCH = 16  # windows at a time on a GPU at most
 SHARE = 0.8  # of the free memory of a GPU that is used where no limit is given
 LONG = 0.5  # seconds of a window that is timed once
@@ -93,74 +94,109 @@ def one_block(size: tuple[int, int]) -> Grid:
     return Grid(size, (height, width))
 
 
+class Reaching(Protocol):
+    """A tiler, or one of several views."""
+
+    def reach(self, size: tuple[int, int], top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """See `Tiler.reach`."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is computed of each block besides the model's scores.
+
+    Attributes:
+        bands: that the model takes.
+        maps: values written per pixel beside the label (probabilities, entropy).
+        copies: of a block's scores that are held at a time; a refiner, samples and views hold more than 2.
+        context: pixels around a block that are scored too.
+        viewed: what reads the windows: the tiler itself, or several views of it.
+    """
+
+    bands: int
+    maps: int = 0
+    copies: float = 2
+    context: int = 0
+    viewed: Callable[[Tiler], Reaching] = lambda tiler: tiler
+
+
 def plan(
     model: SegmentationModel,
     source: Source,
-    bands: int,
     tile: int,
     overlap: int | Literal["exact"],
     limits: Limits,
-    maps: int,
-    copies: float,
+    needs: Needs,
+    cut: tuple[int, Grid] | None = None,
 ) -> Plan:
     """Blocks, tile and batch for an image, below the limits; one window is run to see what it takes.
 
     Args:
         model: in eval mode, on its device.
         source: the image.
-        bands: that the model takes.
         tile, overlap: the bundle's; a smaller tile is taken only where the limits ask for it.
         limits: on memory.
-        maps: values written per pixel beside the label (probabilities, entropy).
-        copies: of a block's scores that are held at a time; a refiner, samples and views hold more than 2.
+        needs: of each block.
+        cut: tile and blocks, where they are settled already: what these take.
 
     Raises:
-        ValueError: if even the smallest tile and block do not fit, saying what they would need.
+        ValueError: if even the smallest tile and block, or those settled, do not fit, saying what they would need.
     """
     least = 0
     while True:
-        tiler = Tiler(model, tile, overlap)
-        seconds, base, vram, vram_growth = _measured(model, tiler, bands, source.size)
+        tiler = Tiler(model, tile if cut is None else cut[0], overlap)
+        seconds, base, vram, vram_growth = _measured(model, tiler, needs.bands, source.size)
         room_vram = limits.vram if limits.vram is not None else int(SHARE * _free_vram(model))
-        for side in _sides(tiler, source.size):
-            grid = one_block(source.size) if side is None else Grid(source.size, side)
-            scores, held = _block_bytes(model, tiler, source, grid, maps, copies)
+        grids = _grids(tiler, source.size) if cut is None else [cut[1]]
+        for grid in grids:
+            scores, held = _block_bytes(model, tiler, source, grid, needs)
             on_gpu = vram > 0
             ram = base + held + (0 if on_gpu else scores)
             gpu = vram + scores if on_gpu else 0
             least = ram if not least else min(least, ram)
-            fits = ram <= limits.ram if limits.ram is not None else scores <= SCORES or side == _sides(tiler, source.size)[-1]
+            fits = ram <= limits.ram if limits.ram is not None else scores <= SCORES or grid is grids[-1]
             if fits and (not on_gpu or gpu <= room_vram):
                 batch = _batch(gpu, vram_growth, room_vram) if on_gpu else 1
                 tiler.batch = batch
                 total = seconds * tiler.windows(source.size)
                 return Plan(tiler, grid, tiler.windows(source.size), ram, gpu + (batch - 1) * vram_growth, total)
+        need = f"about {least / 2**20:,.0f} MB of memory" + (f" and {vram / 2**20:,.0f} MB of the GPU's" if vram else "")
+        if cut is not None:
+            raise ValueError(f"tiles of {cut[0]} pixels and blocks of {cut[1].block[0]}x{cut[1].block[1]}, begun with, need {need}")
         smaller = tile // 2
         least_tile = 1 if overlap == "exact" else overlap + 1
         if smaller < least_tile or Tiler(model, smaller, overlap).window >= tiler.window:
-            need = f"about {least / 2**20:,.0f} MB of memory" + (f" and {vram / 2**20:,.0f} MB of the GPU's" if vram else "")
             raise ValueError(f"the smallest tile and block of this model need {need}; raise the limit, or take a smaller model")
         tile = smaller
 
 
-def _sides(tiler: Tiler, size: tuple[int, int]) -> list[tuple[int, int] | None]:
-    """Blocks to try, largest first; None is the whole. They hold whole steps of the tiler where those fit the tiles of a label TIFF."""
+def _grids(tiler: Tiler, size: tuple[int, int]) -> list[Grid]:
+    """Blocks to try, largest first, the whole where it is small. They hold whole steps of the tiler where a label TIFF's tiles fit."""
     unit = tiler.step if tiler.step % 64 == 0 or (tiler.step % 16 == 0 and tiler.step <= 512) else 256
-    largest = max(SIDE // unit, 1)
-    sides: list[tuple[int, int] | None] = [(unit * n, unit * n) for n in range(largest, 0, -1)]
-    sides += [(side, side) for side in (512, 256) if side < unit]
-    return [None, *sides] if size[0] * size[1] <= WHOLE else sides
+    sides = [unit * n for n in range(max(SIDE // unit, 1), 0, -1)] + [side for side in (512, 256) if side < unit]
+    whole = [one_block(size)] if size[0] * size[1] <= WHOLE else []
+    return whole + [Grid(size, (side, side)) for side in sides]
 
 
-def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, maps: int, copies: float) -> tuple[int, int]:
-    """Bytes of a block's scores with what is computed from them; and of pixels read and outputs that wait for the writer."""
+def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, needs: Needs) -> tuple[int, int]:
+    """Bytes of a block's scores with what is computed from them; and of pixels read, outputs that wait for the writer and windows kept.
+
+    Of a block in the middle of the image, where most is read around it.
+    """
+    (rows, columns), around = grid.size, needs.context * (len(grid.blocks) > 1)
     height, width = (min(side, full) for side, full in zip(grid.block, grid.size, strict=True))
-    pixels = height * width
-    scores = int(pixels * 4 * model.classes * copies)
-    reach = 2 * (tiler.window - tiler.step)
-    region = (min(height + reach, grid.size[0])) * min(width + reach, grid.size[1]) * source.bands * 4
-    strips = (height + 2 * tiler.window) * grid.size[1] * source.bands * 2 if source.segment[1] >= grid.size[1] else 2**26
-    return scores, 3 * region + strips + 3 * pixels * (1 + 2 * maps)
+    middle = grid.blocks[len(grid.blocks) // 2]
+    top, left = max(middle.top - around, 0), max(middle.left - around, 0)
+    seen = min(height + 2 * around, rows - top), min(width + 2 * around, columns - left)
+    scores = seen[0] * seen[1] * 4 * model.classes
+    _, _, read_rows, read_columns = needs.viewed(tiler).reach(grid.size, top, left, *seen)
+    region = read_rows * read_columns * source.bands * 4
+    kept = 0
+    if len(grid.blocks) > 1:  # what windows over the borders say of the next block and, up to a limit, of those below
+        across = 4 * model.classes * tiler.window
+        kept = min(KEPT, across * columns) + across * seen[0]
+    held = source.held(grid.block[0] + 2 * tiler.window)
+    return int(scores * needs.copies), 3 * region + held + 3 * height * width * (1 + 2 * needs.maps) + kept
 
 
 def _measured(model: SegmentationModel, tiler: Tiler, bands: int, size: tuple[int, int]) -> tuple[float, int, int, int]:

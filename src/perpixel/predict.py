@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -18,6 +19,7 @@ from perpixel import __version__
 from perpixel.budget import WHOLE, Limits, Plan, one_block
 from perpixel.data.decoding import read_header
 from perpixel.data.display import overlay
+from perpixel.data.geo import GEO_SUFFIXES, files_of
 from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
@@ -120,7 +122,7 @@ def predict_files(
     with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
             run.picture(number, source, partial(do, _writing))
-    run.journal.close([run.key(picture) for picture in pictures if str(picture) not in run.result.damaged])
+    run.journal.close([run.key(picture) for picture in pictures if str(picture) not in run.result.damaged], task.shard)
     return run.result
 
 
@@ -158,13 +160,15 @@ class _Run:
         self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
 
     def key(self, picture: Picture) -> str:
-        """A picture as it was when this run first asked; one that was replaced before is another. Each file is looked at once a run."""
+        """A picture as it was when this run first asked; one that was replaced before is another. Each file is looked at once a run.
+
+        By its name, which no two pictures of a run share, not by its path: the shares of a work may come by different ways to one file.
+        """
         path = picture.path
         if path not in self._states:
-            files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path, mask_file(path)]
-            states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+            states = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in _files(path)]
             self._states[path] = blake2b(str(states).encode(), digest_size=16).hexdigest()
-        return f"{picture} {self._states[path]}"
+        return f"{picture.name} {picture.page} {self._states[path]}"
 
     def opened(self, numbered: tuple[int, Picture]) -> tuple[int, Source | ValueError | None]:
         """The picture, or why it cannot be read, or None where there is nothing to do for this process."""
@@ -199,7 +203,11 @@ class _Run:
                 raise source
             if source is not None:
                 self._predict(number, picture, source, write)
-        except ValueError as error:
+        except BaseException as error:
+            if source is not None and not isinstance(source, ValueError):
+                source.close()
+            if not isinstance(error, ValueError):
+                raise
             if self.task.strict or isinstance(error, _HopelessError):
                 raise
             self.result.damaged[str(picture)] = str(error)
@@ -233,6 +241,8 @@ class _Run:
                         self.progress(number + so_far / len(mine), len(self.pictures), f"{picture.name}, block {so_far} of {len(mine)}")
         if not alone:
             write(self._join, picture, source, targets, mosaic)
+        elif not due:
+            source.close()
 
     def _tell_first_pass(self, number: int, picture: Picture, what: str) -> None:
         self.progress(number, len(self.pictures), f"{picture.name}, first pass over the image, {what.replace('-', ' ')}")
@@ -253,19 +263,24 @@ class _Run:
         return {"labels": labels_of(scores, classes, region.known), **maps}
 
     def _planned(self, source: Source, parts: Path) -> Plan:
-        """For a picture of one block nothing needs measuring, and those of one size are planned alike."""
+        """For a picture of one block nothing needs measuring on a processor, and those of one size are planned alike."""
         card, model = self.segmenter.bundle.card, self.segmenter.bundle.model
-        limits, small = self.task.limits, source.size[0] * source.size[1] <= WHOLE
-        if small and limits == Limits() and not parts.exists():
-            return Plan(Tiler(model, card.tile, card.overlap), one_block(source.size), 0, 0, 0, 0.0)
-        alike = (source.size, source.bands, source.segment)
+        if self.segmenter.is_small(source.size) and self.task.limits == Limits() and not parts.exists():
+            tiler = Tiler(model, card.tile, card.overlap)
+            if self.segmenter.device.type == "cpu" or tiler.windows(source.size) == 1:  # a GPU takes many windows at a time
+                return Plan(tiler, one_block(source.size), 0, 0, 0, 0.0)
+        return self._plan(source)
+
+    def _plan(self, source: Source, cut: tuple[int, Grid] | None = None) -> Plan:
+        """What a picture takes; as the limits have it, or cut as others have begun it."""
+        alike = (source.size, source.bands, source.segment, cut)
         if alike not in self._plans:
             try:
                 maps = sum(max(layer.bands, 1) for layer in self.layers) - 1
-                self._plans[alike] = self.segmenter.plan(source, limits, maps, self.task.samples)
+                self._plans[alike] = self.segmenter.plan(source, self.task.limits, maps, self.task.samples, cut)
             except ValueError as error:
                 raise _HopelessError(str(error)) from error
-        return self._plans[alike]
+        return replace(self._plans[alike], tiler=copy(self._plans[alike].tiler))
 
     def _agreed(self, planned: Plan, source: Source, parts: Path) -> Plan:
         """What goes through parts is cut as its first process, or its first run, decided; anew where a limit asks for less than that."""
@@ -274,8 +289,8 @@ class _Run:
         if self.task.limits != Limits() and self.task.shard[1] == 1 and any(own[key] < said[key] for key in own):
             shutil.rmtree(parts)
             said = agreed(parts, own)
-        tiler = Tiler(self.segmenter.bundle.model, said["tile"], self.segmenter.bundle.card.overlap, planned.tiler.batch)
-        found = replace(planned, tiler=tiler, grid=Grid(source.size, (said["height"], said["width"])))
+        grid = Grid(source.size, (said["height"], said["width"]))
+        found = planned if said == own else self._plan(source, (said["tile"], grid))
         if len(found.grid.blocks) > 1:
             self.tell(str(replace(found, shares=self.task.shard[1])))
         return found
@@ -353,6 +368,14 @@ class _Run:
         found = [path for kind in ("png", "tif", "zarr") if (path := self.out / f"{picture.name}.{kind}").exists()]
         self.result.written += found[:1]
         return bool(found)
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """All that a picture is read from, by names that do not depend on where it lies."""
+    if path.is_dir():
+        return [(inside.relative_to(path).as_posix(), inside) for inside in sorted(path.rglob("*")) if inside.is_file()]
+    sheets = files_of(path) if path.suffix.lower() in GEO_SUFFIXES else [path, mask_file(path)]
+    return [(file.name, file) for file in sheets if file.exists()]
 
 
 class _HopelessError(ValueError):

@@ -1,7 +1,9 @@
 """A bundle in use: an image of any kind and size to logits, probabilities, labels."""
 
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +12,14 @@ import torch
 from torch import Tensor
 
 from perpixel.augmented import AugmentedTiler, View, views
-from perpixel.budget import WHOLE, Limits, Plan, one_block, plan
+from perpixel.budget import MOST, WHOLE, Limits, Needs, Plan, one_block, plan
 from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.images import Picture
 from perpixel.data.mosaics import Block, Grid
-from perpixel.data.sources import open_source
+from perpixel.data.sources import find_sources, open_source
 from perpixel.data.windows import Source, WholeSource
 from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
-from perpixel.streaming import PRECISIONS, Region, Streamer, computing, labels_of
+from perpixel.streaming import CONTEXT, PRECISIONS, WAITING, Region, Streamer, ahead, computing, labels_of
 from perpixel.tiling import Noted, Tiler, at_once
 
 
@@ -64,10 +66,9 @@ class Segmenter:
             ValueError: unreadable file, or bands that differ from those the model was trained on.
         """
         source, name = _opened(image, self.bundle.card.bands)
-        streamer = self.streamer(source, name, one_block(source.size))
-        scores = streamer.scores(streamer.region(streamer.grid.blocks[0]))
-        source.close()
-        return scores
+        with closing(source):
+            streamer = self.streamer(source, name, one_block(source.size))
+            return streamer.scores(streamer.region(streamer.grid.blocks[0]))
 
     def blocks(
         self, image: np.ndarray | Tensor | Path | str, limits: Limits | None = None
@@ -82,19 +83,30 @@ class Segmenter:
             ValueError: as `logits`.
         """
         source, name = _opened(image, self.bundle.card.bands)
-        streamer = self.streamer(source, name, None if limits is None else self.plan(source, limits).grid)
-        for region, scores in streamer.blocks(streamer.grid.blocks):
-            yield region.block, region.known, scores
-        source.close()
+        with closing(source):
+            planned = None if limits is None else self.plan(source, limits)
+            streamer = self.streamer(source, name) if planned is None else self.streamer(source, name, planned.grid, planned.tiler)
+            for region, scores in streamer.blocks(streamer.grid.blocks):
+                yield region.block, region.known, scores
 
-    def plan(self, source: Source, limits: Limits, maps: int = 0, samples: int | None = None) -> Plan:
+    def plan(self, source: Source, limits: Limits, maps: int = 0, samples: int | None = None, cut: tuple[int, Grid] | None = None) -> Plan:
         """Blocks, tiles and batch for an image; see `perpixel.budget.plan`."""
         card, scales = self.bundle.card, [view.scale**2 for view in self.views]
+        refined = self.refiner is not None and samples is None
         # A refiner works on copies; of views the sum is held, and the scores of one before and after they are resized.
-        copies = 2 + 4 * (self.refiner is not None) + (1 + 2 * max(scales) if len(scales) > 1 else 0) + 5 * (samples is not None)
+        copies = 2 + 4 * refined + (1 + 2 * max(scales) if len(scales) > 1 else 0) + 5 * (samples is not None)
+        needs = Needs(card.bands, maps, copies, CONTEXT * refined, self._viewed)
         with computing(self.device, self.precision):
-            once = plan(self.bundle.model, source, card.bands, card.tile, card.overlap, limits, maps, copies)
+            once = plan(self.bundle.model, source, card.tile, card.overlap, limits, needs, cut)
         return replace(once, seconds=once.seconds * sum(scales) * (samples or 1))
+
+    def is_small(self, size: tuple[int, int]) -> bool:
+        """Whether an image is one block without being planned: its scores are few, or a refiner wants to see all of it."""
+        pixels = size[0] * size[1]
+        return pixels <= WHOLE and (self.refiner is not None or 4 * len(self.classes) * pixels <= MOST)
+
+    def _viewed(self, tiler: Tiler) -> Tiler | AugmentedTiler:
+        return tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
 
     def streamer(
         self,
@@ -109,11 +121,11 @@ class Segmenter:
         """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""
         card = self.bundle.card
         if grid is None:
-            planned = None if source.size[0] * source.size[1] <= WHOLE else self.plan(source, Limits())
+            planned = None if self.is_small(source.size) else self.plan(source, Limits())
             grid, tiler = (one_block(source.size), tiler) if planned is None else (planned.grid, tiler or planned.tiler)
         tiler = tiler or Tiler(self.bundle.model, card.tile, card.overlap)
-        augmented = tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
-        return Streamer(self.bundle, self.refiner if refined else None, source, augmented, grid, self.precision, name, noted, begin)
+        refiner = self.refiner if refined else None
+        return Streamer(self.bundle, refiner, source, self._viewed(tiler), grid, self.precision, name, noted, begin)
 
     def monte_carlo(self, image: np.ndarray | Tensor | Path | str, samples: int, seed: int = 0) -> MonteCarlo:
         """Mean and variance of the probabilities, (K, H, W) each, over `samples` predictions with dropout on; see `models.monte_carlo`.
@@ -127,10 +139,9 @@ class Segmenter:
         """
         self.refuse_samples()
         source, name = _opened(image, self.bundle.card.bands)
-        streamer = self.streamer(source, name, one_block(source.size), refined=False)
-        drawn = sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
-        source.close()
-        return drawn
+        with closing(source):
+            streamer = self.streamer(source, name, one_block(source.size), refined=False)
+            return sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
 
     def refuse_samples(self) -> None:
         """Raises ValueError where samples with dropout make no sense: a model without it, or a refiner that was asked for by name."""
@@ -148,16 +159,17 @@ class Segmenter:
         A large file is read and predicted block by block; only its labels are held. The type's highest number stands where it is damaged.
         """
         if samples is not None:
-            return labels_of(self.monte_carlo(image, samples).mean, len(self.classes))
+            self.refuse_samples()
         source, name = _opened(image, self.bundle.card.bands)
-        streamer = self.streamer(source, name)
-        labels = np.empty(source.size, np.uint8 if len(self.classes) <= 255 else np.uint16)
-        for region, scores in streamer.blocks(streamer.grid.blocks):
-            block = region.block
-            labels[block.top : block.top + block.height, block.left : block.left + block.width] = labels_of(
-                scores, len(self.classes), region.known
-            )
-        source.close()
+        with closing(source):
+            streamer = self.streamer(source, name, refined=samples is None)
+            labels = np.empty(source.size, np.uint8 if len(self.classes) <= 255 else np.uint16)
+            with ahead(map(streamer.region, streamer.grid.blocks), WAITING) as regions:
+                for region in regions:
+                    block = region.block
+                    scores = streamer.scores(region) if samples is None else sampled(streamer, region, samples).mean
+                    inside = labels[block.top : block.top + block.height, block.left : block.left + block.width]
+                    inside[:] = labels_of(scores, len(self.classes), region.known)
         return labels
 
 
@@ -182,6 +194,8 @@ def sampled(streamer: Streamer, region: Region, samples: int, seed: int = 0) -> 
 def _opened(image: np.ndarray | Tensor | Path | str, bands: int) -> tuple[Source, str]:
     """A source, and what names it in errors."""
     if isinstance(image, str | Path):
+        if (count := len(find_sources([image], bands))) > 1:
+            warnings.warn(f"{image}: holds {count} pictures; only the first is used. `perpixel predict` takes all", stacklevel=3)
         return open_source(Picture(Path(image)), bands), str(image)
     return WholeSource(_as_bands(image)), "image"
 

@@ -16,6 +16,7 @@ from perpixel.models.model import InputGeometry, SegmentationModel
 
 Read = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) inside the image -> (C, height, width) float, normalised
 Overlap = int | Literal["exact"]
+KEPT = 2**27  # bytes of what windows say of the blocks below theirs, kept until these come
 Noted = Callable[[str, Callable[[], Tensor]], Tensor]  # what `prepared` has to know by this name: computed, or as it was noted before
 
 
@@ -119,7 +120,7 @@ class Kept:
     again and nothing changes. What the next block to the right needs is always kept, until it is passed.
     """
 
-    def __init__(self, limit: int = 2**27) -> None:
+    def __init__(self, limit: int = KEPT) -> None:
         self._parts: dict[tuple[int, int], list[tuple[_Cut, _Cut, Tensor]]] = {}
         self._bytes, self.limit = 0, limit
 
@@ -275,13 +276,15 @@ class Tiler:
     def _sum_of_row(self, read: Read, size: tuple[int, int], rows: _Lattice, columns: _Lattice, row: _Cut) -> Tensor:
         """(maps + 1) float64 on the CPU: the sum of the encoder's coarsest map over a row of windows, and how many places that are."""
         sums: list[Tensor] = []
-        for column in columns.cuts:
-            window = self._seen(read, size, row, column, rows.window, columns.window)[None]
+        for first in range(0, len(columns.cuts), self.batch):
+            cuts = columns.cuts[first : first + self.batch]
+            windows = torch.stack([self._seen(read, size, row, column, rows.window, columns.window) for column in cuts])
             with torch.inference_mode():
-                coarsest = self.model.encoder(window.contiguous(memory_format=torch.channels_last)).maps[-1]
-            across, down = (_counted(cut, lattice, coarsest.shape[axis]) for cut, lattice, axis in ((row, rows, -2), (column, columns, -1)))
-            part = coarsest[0, :, across, down].double().flatten(1)
-            sums.append(torch.cat([part.sum(1), part.new_full((1,), part.shape[1])]))
+                coarsest = self.model.encoder(windows.contiguous(memory_format=torch.channels_last)).maps[-1]
+            across = _counted(row, rows, coarsest.shape[-2])
+            for column, one in zip(cuts, coarsest, strict=True):
+                part = one[:, across, _counted(column, columns, coarsest.shape[-1])].double().flatten(1)
+                sums.append(torch.cat([part.sum(1), part.new_full((1,), part.shape[1])]))
         return torch.stack(sums).sum(0).cpu()
 
     def block(self, read: Read, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:

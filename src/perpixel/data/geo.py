@@ -5,6 +5,7 @@ GeoTIFF itself needs no rasterio: the tags of the picture are copied to its labe
 
 import threading
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,15 @@ def open_raster(picture: Picture) -> "RasterSource":
         raise PictureError(f"{picture}: this kind of file needs rasterio; pip install 'perpixel[geo]' adds it") from None
     with explained(picture.path, picture.page):
         return RasterSource(picture, rasterio)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, and those that it is made of (the sheets of a `.vrt`), as far as GDAL can tell."""
+    try:
+        with import_module("rasterio").open(path) as file:
+            return sorted({path, *map(Path, file.files)})
+    except (ImportError, OSError, ValueError):  # what is wrong with it is told when it is read
+        return [path]
 
 
 class RasterSource:

@@ -217,12 +217,22 @@ class Journal:
         found: list[str] = json.loads((self.folder / f"{_digest(key)}.done").read_text("utf-8"))
         return found
 
-    def close(self, keys: Sequence[str]) -> None:
-        """Remove the notes on these pictures, if every one is settled; and the folder, unless it holds parts or notes of others."""
-        if all(self.settled(key) for key in keys):
+    def close(self, keys: Sequence[str], share: tuple[int, int] = (0, 1)) -> None:
+        """Remove the notes on these pictures, if every one is settled; and the folder, unless it holds parts or notes of others.
+
+        Of several shares (number, count) the last one to end does so: whoever comes later has to find what was done without it.
+        """
+        number, count = share
+        ended = [self.folder / f"share-{one + 1}-of-{count}.ended" for one in range(count)]
+        if count > 1 and self.folder.is_dir():
+            ended[number].touch()
+        if all(self.settled(key) for key in keys) and (count == 1 or all(mark.exists() for mark in ended)):
             for key in keys:
                 (self.folder / f"{_digest(key)}.done").unlink(missing_ok=True)
-                shutil.rmtree(self.parts(key), ignore_errors=True)
+                for left in [self.parts(key), *self.folder.glob(f"{_digest(key)}.parts.*")]:
+                    shutil.rmtree(left, ignore_errors=True)
+            for mark in self.folder.glob("share-*.ended"):
+                mark.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
