@@ -109,6 +109,8 @@ class Needs:
         bands: that the model takes.
         maps: values written per pixel beside the label (probabilities, entropy).
         copies: of a block's scores that are held at a time; a refiner, samples and views hold more than 2.
+        extra: bytes for each pixel that is scored, beside those.
+        once: bytes beside all these, whatever the block.
         context: pixels around a block that are scored too.
         viewed: what reads the windows: the tiler itself, or several views of it.
     """
@@ -116,6 +118,8 @@ class Needs:
     bands: int
     maps: int = 0
     copies: float = 2
+    extra: int = 0
+    once: int = 0
     context: int = 0
     viewed: Callable[[Tiler], Reaching] = lambda tiler: tiler
 
@@ -196,7 +200,9 @@ def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: G
         across = 4 * model.classes * tiler.window
         kept = min(KEPT, across * columns) + across * seen[0]
     held = source.held(grid.block[0] + 2 * tiler.window)
-    return int(scores * needs.copies), 3 * region + held + 3 * height * width * (1 + 2 * needs.maps) + kept
+    return int(scores * needs.copies) + seen[0] * seen[1] * needs.extra, 3 * region + held + 3 * height * width * (
+        1 + 2 * needs.maps
+    ) + kept
 
 
 def _measured(model: SegmentationModel, tiler: Tiler, bands: int, size: tuple[int, int]) -> tuple[float, int, int, int]:

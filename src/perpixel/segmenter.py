@@ -22,6 +22,11 @@ from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
 from perpixel.streaming import CONTEXT, PRECISIONS, WAITING, Region, Streamer, ahead, computing, labels_of
 from perpixel.tiling import Noted, Tiler, at_once
 
+# Bytes a pixel, beside 48 for each class, that a dense CRF takes at worst, where all six vertices around each pixel are its own (noise):
+# their weights and numbers, and of each vertex its place, slot and twelve neighbours. Photographs take a tenth.
+LATTICE = 600
+COMPILED = 2**28  # bytes that a refiner's loops take while they are compiled
+
 
 class Segmenter:
     """A bundle in use: `perpixel.load("RUN/best.safetensors").predict("photo.jpg")`.
@@ -95,7 +100,8 @@ class Segmenter:
         refined = self.refiner is not None and samples is None
         # A refiner works on copies; of views the sum is held, and the scores of one before and after they are resized.
         copies = 2 + 4 * refined + (1 + 2 * max(scales) if len(scales) > 1 else 0) + 5 * (samples is not None)
-        needs = Needs(card.bands, maps, copies, CONTEXT * refined, self._viewed)
+        lattice = (LATTICE + 48 * len(card.classes)) * refined
+        needs = Needs(card.bands, maps, copies, lattice, COMPILED * refined, CONTEXT * refined, self._viewed)
         with computing(self.device, self.precision):
             once = plan(self.bundle.model, source, card.tile, card.overlap, limits, needs, cut)
         return replace(once, seconds=once.seconds * sum(scales) * (samples or 1))
