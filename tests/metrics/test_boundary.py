@@ -203,8 +203,8 @@ def test_time_does_not_depend_on_which_side_has_more_pixels():
 def test_memory_of_the_matching_does_not_grow_with_the_reach():
     """Noise of two classes: each of 160,000 contour pixels has 1,250 within reach, which as a list would take 800 MB.
 
-    In a process of its own, by VmHWM: the largest size that this one ever had is that of other tests, and `ru_maxrss` of a child begins with
-    its parent's.
+    In a process of its own, by VmHWM: the largest size that this one ever had is that of other tests, and `ru_maxrss` of a child begins
+    with its parent's.
     """
     script = """
 import json, math, pathlib, re
