@@ -164,6 +164,17 @@ def test_a_value_that_is_no_class_in_the_last_block_leaves_nothing_of_the_image(
     assert result.to_json()["calibration"] == alone.to_json()["calibration"]
 
 
+def test_the_band_along_boundaries_is_that_of_the_whole_beside_a_damaged_piece_that_ends_where_a_block_does(
+    bundle, scenes, monkeypatch, small_blocks
+):
+    """Columns 128 to 191 are lost, and a block begins at 192: its first pixels lie along an edge of void that is not in the block."""
+    broken(scenes / "images" / "a.tif", 1, 2)
+    whole, blocks = (scored(bundle, scenes, monkeypatch, pixels, scores=("cost",)).to_json() for pixels in (2**25, 0))
+    for name in ("cost", "pixels"):
+        shares = [found["cost_shares"]["boundary_band"][name] for found in (blocks, whole)]
+        assert shares[0] == pytest.approx(shares[1], rel=1e-6)
+
+
 # ---- masks in windows
 
 

@@ -411,6 +411,24 @@ def test_the_page_holds_every_number_is_escaped_and_draws_better_to_the_right(fi
     assert all(place > WIDTH / 2 for place in centres)
 
 
+def test_the_page_tells_in_words_what_its_colours_tell(file, tmp_path):
+    """For who does not see them: a column, the label of each drawing, and headers that belong to rows and columns."""
+    good, bad = file("good", 0.1), file("bad", 0.45, numbers=range(12), seed=1)
+    for runs, word, other in (([bad, good], "better", "worse"), ([good, bad], "worse", "better")):
+        write_page(compare(runs), tmp_path / "page.html")
+        body = (tmp_path / "page.html").read_text().split("</style>")[1]
+        rows = re.findall(r'<th scope="row">([^<]+)</th>(.+?)</tr>', body, re.DOTALL)
+        told = compare(runs)[0].to_json()
+        real = {row["words"]: row["real"] for row in told["scores"].values()} | {row["name"]: row["real"] for row in told["classes"]}
+        assert {name for name, _ in rows} == real.keys()
+        assert f"<td>{other}</td>" not in body
+        for name, cells in rows[: len(real)]:
+            assert (f"<td>{word}</td>" in cells) == real[name]
+            assert (f': {word}">' in cells) == real[name]
+            assert (': not real">' in cells) == (not real[name])
+        assert "<th>" not in body
+
+
 def test_less_is_drawn_as_better_in_scores_of_errors(file, tmp_path):
     options = {"classes": CLASSES[:2], "groups": ("surface", "neurite")}
     found = compare([file("a", 0.4, **options), file("b", 0.05, seed=1, **options)])
@@ -419,7 +437,7 @@ def test_less_is_drawn_as_better_in_scores_of_errors(file, tmp_path):
     assert 'class="down"' not in text.split("</style>")[1]
     for name in ("rand_error", "hausdorff", "board_rand_error"):
         assert found[0].differences[name].below_zero
-        assert f">{MEASURES[name].words}</td>" in text
+        assert f">{MEASURES[name].words}</th>" in text
 
 
 def test_the_command_compares_a_run_with_a_file_of_evaluate(run, sample_set, tmp_path, command):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from perpixel.bundle import load_bundle
 from perpixel.data.masks import read_mask
 from perpixel.evaluate import Evaluation, evaluate, render
+from perpixel.metrics.intervals import interval
 from perpixel.metrics.region import Region
 from perpixel.predict import Segmenter
 
@@ -255,6 +257,26 @@ def test_image_means_and_intervals_are_of_the_images_counts_and_the_rule_is_the_
     assert told["intervals"]["miou"] == pytest.approx([low, high], abs=0.2 * (high - low))
     with pytest.raises(ValueError, match="absent is 'null'; the rules for absent classes are union, truth, zero"):
         evaluate(bundle, scenes / "images", scenes / "masks", absent="null")
+
+
+def test_intervals_are_computed_once_for_what_there_is(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        sys.modules["perpixel.evaluate"], "interval", lambda *given, **options: calls.append(1) or interval(*given, **options)
+    )
+    made = Evaluation(Region(2), ["a", "b"])
+    for number in range(3):
+        made.region.update(np.array([[0, 1]]), np.array([[0, number % 2]]), name=f"{number}.png")
+        made.losses[f"{number}.png"] = 0.1
+    made.to_json()
+    render(made, Console(quiet=True))
+    assert len(calls) == 1
+    assert made.intervals() is made.intervals()
+    made.absent = "zero"
+    made.to_json()
+    made.region.update(np.array([[0, 1]]), np.array([[0, 0]]), name="3.png")
+    assert made.intervals()["miou"].images == 4
+    assert len(calls) == 3
 
 
 def test_the_table_names_every_class_the_rule_and_what_was_left_out(bundle, scenes):

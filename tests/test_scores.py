@@ -109,9 +109,7 @@ def test_a_perfect_prediction_has_the_best_of_every_score():
 
 def test_an_image_of_void_alone_poisons_no_score():
     images = [scored(number) for number in range(3)]
-    # Neurite errors are over all pixels, void included, and are left out here.
-    groups = [name for name in GROUPS if name != "neurite"]
-    close(gathered([*images, scored(9, void=1.1)], groups).to_json(), gathered(images, groups).to_json())
+    close(gathered([*images, scored(9, void=1.1)]).to_json(), gathered(images).to_json())
 
 
 def test_nothing_seen_and_scores_that_overflowed_make_plain_json():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,12 +95,12 @@ class BlockScorer:
         classes, ignore, streamer = len(self.segmenter.classes), self.label_map.ignore, image.streamer
         counts = Confusion(classes, streamer.device)
         shares, calibration = CostShares(classes), Reliability(self.segmenter.temperature)
-        width, total = band_width(streamer.source.size), 0.0
         groups, count = self.gathered.groups, len(streamer.grid.blocks)
-        with ahead(map(streamer.region, streamer.grid.blocks), WAITING) as regions:
+        width, total = band_width(streamer.source.size) if "cost" in groups else 0, 0.0
+        with ahead(map(partial(streamer.region, rim=width), streamer.grid.blocks), WAITING) as regions:
             for done, region in enumerate(regions, 1):
                 logits = streamer.scores(region)
-                near, inside = image.labels_around(region, width if "cost" in groups else 0)
+                near, inside = image.labels_around(region, width)
                 truth = near[inside]
                 labels = torch.from_numpy(truth.astype(np.int64)).to(streamer.device)
                 counts.update(labels, logits.argmax(0), ignore)
@@ -136,7 +137,7 @@ class _Image:
     def labels_around(self, region: Region, width: int) -> tuple[np.ndarray, tuple[slice, slice]]:
         """Labels of a block and `width` pixels around it where the image has them, and where the block lies in them.
 
-        They are those of the mask; in the block what is damaged or unknown in the image is `ignore`.
+        They are those of the mask; what is damaged or unknown in the image is `ignore`. The region was read with that rim.
         """
         block, (rows, columns) = region.block, self._labels.size
         top, left = max(block.top - width, 0), max(block.left - width, 0)
@@ -145,9 +146,10 @@ class _Image:
         y, x = block.top - top, block.left - left
         inside = (slice(y, y + block.height), slice(x, x + block.width))
         labels = read.labels
-        if region.known is not None:
+        if region.known_around is not None:
+            y, x = top - region.top, left - region.left
             labels = labels.copy()  # it may be a view of the mask
-            labels[inside][~region.known] = self._labels.label_map.ignore
+            labels[~region.known_around[y : y + bottom - top, x : x + right - left]] = self._labels.label_map.ignore
         self._damage[0].update(region.damage)
         self._damage[1].update(read.damage)
         return labels, inside

@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-w
 .soft { color: var(--soft); font-size: .86rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child { text-align: left; } th[scope="row"] { font-weight: 400; }
 td svg { display: block; } .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
 .up { stroke: var(--up); fill: var(--up); } .down { stroke: var(--down); fill: var(--down); }
 .open { stroke: var(--soft); fill: var(--soft); }
@@ -46,11 +46,14 @@ li { overflow-wrap: anywhere; }
 {% for table in pair.tables %}
 {% if table.folded %}<details><summary>{{ table.title }}</summary>{% endif %}
 <div class="scroll"><table>
-<tr><th>{{ table.title }}</th><th>first</th><th>second</th><th>difference</th><th>95 %</th>
-<th style="text-align: center"><span class="soft">worse | better</span></th></tr>
+<tr><th scope="col">{{ table.title }}</th><th scope="col">first</th><th scope="col">second</th><th scope="col">difference</th>
+<th scope="col">95 %</th><th scope="col">real</th>
+<th scope="col" style="text-align: center"><span class="soft">worse | better</span></th></tr>
 {% for row in table.rows %}
-<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.second }}</td><td>{{ row.difference }}</td><td>{{ row.between }}</td>
-<td>{% if row.drawn %}<svg width="{{ width }}" height="{{ height }}" role="img" aria-label="{{ row.between }}">
+<tr><th scope="row">{{ row.name }}</th><td>{{ row.first }}</td><td>{{ row.second }}</td><td>{{ row.difference }}</td>
+<td>{{ row.between }}</td><td>{{ row.real }}</td>
+<td>{% if row.drawn %}<svg width="{{ width }}" height="{{ height }}" role="img"
+aria-label="{{ row.between }}: {{ row.real or 'not real' }}">
 <line class="zero" x1="{{ width / 2 }}" x2="{{ width / 2 }}" y1="0" y2="{{ height }}"/>
 <line class="{{ row.side }}" x1="{{ row.drawn[0] }}" x2="{{ row.drawn[2] }}" y1="{{ height / 2 }}" y2="{{ height / 2 }}" stroke-width="3"/>
 <circle class="{{ row.side }}" cx="{{ row.drawn[1] }}" cy="{{ height / 2 }}" r="4"/></svg>{% endif %}</td></tr>
@@ -66,8 +69,8 @@ li { overflow-wrap: anywhere; }
 {% endfor %}
 <p class="soft">Differences are the second run's minus the first's; 95 % intervals from 1,000 bootstrap resamples of the images, the same
 for both runs. Points are hundredths. Less is better of errors, distances and cost, and drawn to the right; neurite
-scores each to a scale of its own. Blue: the whole interval is better;
-orange: worse; grey: it holds zero, or fewer than six images have a say. perpixel {{ version }}</p>
+scores each to a scale of its own. "Real", and blue or orange: the whole interval is better, or worse; nothing there, and
+grey: it holds zero, or fewer than six images have a say. perpixel {{ version }}</p>
 </body>
 </html>
 """
@@ -130,6 +133,7 @@ def _rows(named: Sequence[tuple[Measure, str, Mapping[str, Any]]]) -> list[dict[
                 "difference": measure.text(row["difference"], "+"),
                 "between": f"{measure.text(row['low'], '+')} to {measure.text(row['high'], '+')}" if known else "-",
                 "drawn": [round(WIDTH / 2 + scale * end, 1) for end in gain],
+                "real": "" if not row["real"] else "better" if gain[0] > 0 else "worse",
                 "side": "open" if not row["real"] else "up" if gain[0] > 0 else "down",
             }
         )

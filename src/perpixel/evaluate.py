@@ -53,6 +53,7 @@ class Evaluation:
     refined: str = "none"  # by which refiner the scores were
     precision: str = "float32"  # of the network
     augment: str = ""  # views whose scores were averaged
+    _found: tuple[tuple[Any, ...], dict[str, Interval]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def confusion(self) -> Confusion:
@@ -69,7 +70,16 @@ class Evaluation:
         return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
 
     def intervals(self) -> dict[str, Interval]:
-        """Score -> its 95 % interval by bootstrap over the images (1,000 resamples); "iou" is that of each class, (K,)."""
+        """Score -> its 95 % interval by bootstrap over the images (1,000 resamples); "iou" is that of each class, (K,).
+
+        They are computed once for the images, groups and rule that there are: tables, JSON and report all show them.
+        """
+        seen = (len(self.region.images), len(self.losses), self.scores, self.absent)
+        if self._found is None or self._found[0] != seen:
+            self._found = seen, self._resampled()
+        return self._found[1]
+
+    def _resampled(self) -> dict[str, Interval]:
         images, absent = self.region.images, self.absent
 
         whole, names = images.total, list(tallies.scores(images.total))

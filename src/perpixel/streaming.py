@@ -29,7 +29,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Region:
-    """What is read for a block: pixels (C, h, w) from (top, left) on, as the model's data were; what is known of the block, and damage."""
+    """What is read for a block: pixels (C, h, w) from (top, left) on, as the model's data were; what is known of the block and of all that
+    was read, and damage of the block."""
 
     block: Block
     top: int
@@ -37,6 +38,7 @@ class Region:
     pixels: np.ndarray
     known: np.ndarray | None  # (block.height, block.width) bool; None: all
     damage: dict[tuple[int, int, int, int], str]
+    known_around: np.ndarray | None  # (h, w) bool, as `pixels`; None: all
 
 
 class Streamer:
@@ -83,19 +85,24 @@ class Streamer:
             for region in regions:
                 yield region, self.scores(region)
 
-    def region(self, block: Block) -> Region:
-        """Read what a block needs.
+    def region(self, block: Block, rim: int = 0) -> Region:
+        """Read what a block needs, and at least `rim` pixels around it where the image has them.
 
         Raises:
             ValueError: bands or values that differ from those the model was trained on, or a file that cannot be read.
         """
         seen = self._seen(block)
         top, left, height, width = self.tiler.reach(self.source.size, seen.top, seen.left, seen.height, seen.width)
+        if rim:
+            bottom = max(top + height, min(block.top + block.height + rim, self.source.size[0]))
+            right = max(left + width, min(block.left + block.width + rim, self.source.size[1]))
+            top, left = min(top, max(block.top - rim, 0)), min(left, max(block.left - rim, 0))
+            height, width = bottom - top, right - left
         window = self.source.read(top, left, height, width)  # 1 read
         inside = (slice(block.top - top, block.top - top + block.height), slice(block.left - left, block.left - left + block.width))
         known = None if window.known is None or window.known[inside].all() else window.known[inside].copy()
         damage = {where: why for where, why in window.damage.items() if _meet(where, block)}
-        return Region(block, top, left, self._conformed(window), known, damage)
+        return Region(block, top, left, self._conformed(window), known, damage, window.known)
 
     @torch.inference_mode()
     def scores(self, region: Region) -> Tensor:

@@ -10,7 +10,7 @@ from scipy import stats
 from perpixel.metrics import tallies
 from perpixel.metrics.intervals import _reach, difference, interval, value_mean, values_table
 from perpixel.metrics.measures import MEASURES
-from perpixel.metrics.tallies import PerImage, iou, miou, pixel_accuracy
+from perpixel.metrics.tallies import iou, miou, pixel_accuracy
 
 
 def counts(seed, images=60, classes=4, skill=0.8):
@@ -189,31 +189,13 @@ def test_one_image_none_and_nan_values_give_nan_not_a_false_certainty():
     assert np.isnan(absent.low).all()
 
 
-def test_runs_are_paired_by_the_names_of_their_images():
-    table = counts(9, images=3)
-    a, b = PerImage((4, 3)), PerImage((4, 3))
-    for place in (0, 1, 2):
-        a.add(table[place], f"{place}.png")
-    for place in (2, 0, 1):
-        b.add(table[place], f"{place}.png")
-    first, second = a.paired_with(b)
-    np.testing.assert_array_equal(first, table)
-    np.testing.assert_array_equal(second, table)
-    b.add(table[0], "3.png")
-    with pytest.raises(ValueError, match=r"1 images .*3\.png"):
-        a.paired_with(b)
-    b.add(table[0], "3.png")
-    with pytest.raises(ValueError, match="two have the same"):
-        a.paired_with(b)
-    with pytest.raises(ValueError, match="cannot be paired"):
-        difference(table, table[:2], iou)
-
-
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="level"):
         interval(counts(0), miou, level=95)
     with pytest.raises(ValueError, match="resamples"):
         interval(counts(0), miou, resamples=0)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        difference(counts(0), counts(0)[:2], iou)
 
 
 def test_a_thousand_resamples_of_a_thousand_images_take_less_than_two_seconds_of_the_processor():

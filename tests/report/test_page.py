@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +14,7 @@ from report_scenes import COLORS, stream
 
 from perpixel.bundle import load_bundle
 from perpixel.evaluate import Evaluation
+from perpixel.metrics.measures import MEASURES
 from perpixel.metrics.region import Region
 from perpixel.report import figures
 from perpixel.report.atlas import Entry
@@ -113,6 +115,10 @@ def test_every_score_stands_there_with_its_interval(html, content):
     for row in content.scores["classes"]:
         assert row["name"] in text
         assert f"{100 * row['iou']:.1f} %" in text
+    assert {"iou", "cost", "bf", "boundary_iou", "trimap_20"} <= content.intervals.keys()
+    for name, found in content.intervals.items():
+        for low, high in zip(np.atleast_1d(found.low), np.atleast_1d(found.high), strict=True):  # of each class for "iou"
+            assert (f"{low:.3f} – {high:.3f}" if name == "cost" else f"{100 * low:.1f} – {100 * high:.1f}") in text
     assert content.scores["absent_rule"] in text
 
 
@@ -223,6 +229,14 @@ def test_distances_neurite_scores_and_damaged_pieces_stand_there_when_there_are_
     assert squeezed(f"cell {found['surface']['assd_classes'][1]:.1f} {found['surface']['hausdorff_classes'][1]:.1f} 0 0") in text
     at = found["neurite"]["board"]["best"]["rand_error"]["threshold"]
     assert squeezed(f"Best thresholds of the probability of cell: rand error {at:g},") in text
+    for name, (low, high) in found["intervals"].items():
+        if name in MEASURES and MEASURES[name].unit == "":
+            assert squeezed(f"{MEASURES[name].text(low)} – {MEASURES[name].text(high)}") in text
+    for least, value in found["neurite"]["f1"].items():
+        assert squeezed(f"F1 of objects at IoU {least} {value:.4f}") in text
+    for half in ("split", "merge"):
+        assert squeezed(f"V_rand {half} {found['neurite'][f'v_rand_{half}']:.4f}") in text
+        assert squeezed(f"V_info {half} {found['neurite'][f'v_info_{half}']:.4f}") in text
     assert squeezed("Damaged pieces that do not count (1)") in text
     assert squeezed(f"rows 0 to 64 {HOSTILE}") in text
     assert not page.all("img", src="x")
@@ -316,6 +330,67 @@ def test_an_address_with_a_view_sorts_and_filters_the_atlas(browse, html, conten
     assert console == []
     assert 1 < len(fitting) < len(content.atlas)
     assert shown(page) == [n for n in order(content, lambda entry: entry.accuracy) if n in fitting][:8]
+
+
+@pytest.mark.chromium
+def test_arrow_keys_read_the_classes_that_a_pointer_reads_at_the_same_place(browse, html):
+    """The image takes the focus by Tab; each press goes 1/64 of it, and no further than its edge."""
+    script = """
+    document.querySelector("article:not([hidden]) button.compare").click();
+    const panel = document.querySelector("#compare .panel"), below = document.getElementById("below");
+    const said = {focusable: panel.tabIndex === 0, keys: [], pointer: [], kept: []};
+    const press = (key) => {
+      const event = new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true});
+      panel.dispatchEvent(event);
+      said.kept.push(event.defaultPrevented);
+      return below.textContent;
+    };
+    (async () => {
+      await new Promise((go) => setTimeout(go, 300));
+      panel.focus();
+      said.focused = document.activeElement === panel;
+      const box = panel.getBoundingClientRect();
+      const there = (x, y) => {
+        panel.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x * box.width, clientY: box.top + y * box.height}));
+        return below.textContent;
+      };
+      for (let n = 1; n <= 24; n++) { said.keys.push(press("ArrowRight")); said.pointer.push(there(0.5 + n / 64, 0.5)); }
+      for (let n = 1; n <= 24; n++) { said.keys.push(press("ArrowUp")); said.pointer.push(there(0.5 + 24 / 64, 0.5 - n / 64)); }
+      for (let n = 1; n <= 64; n++) { press("ArrowDown"); press("ArrowLeft"); }
+      said.corner = [press("ArrowLeft"), there(0, 1 - 1 / 128)];
+      said.other = [press("n") && document.querySelector("#compare h2").textContent];
+      document.body.dataset.said = JSON.stringify(said);
+    })();
+    """
+    console, page = browse(html, script)
+    assert console == []
+    said = json.loads(page.all("body")[0]["data-said"])
+    assert said["focusable"]
+    assert said["focused"]
+    assert said["keys"] == said["pointer"]
+    assert len(set(said["keys"])) > 1
+    assert said["corner"][0] == said["corner"][1]
+    assert all(said["kept"][:-1])
+    assert not said["kept"][-1]  # other keys are the dialog's
+
+
+@pytest.mark.chromium
+def test_nothing_makes_the_page_scroll_sideways_on_a_phone(browse, html):
+    """390 pixels wide, in a frame: windows of a browser are no narrower than 500."""
+    script = """
+    addEventListener("load", () => {
+      const frame = document.querySelector("iframe"), root = frame.contentDocument.documentElement;
+      const wide = () => [frame.contentWindow.innerWidth, root.scrollWidth - root.clientWidth];
+      frame.contentDocument.querySelectorAll("details").forEach((part) => { part.open = true; });
+      const said = [wide()];
+      frame.contentDocument.querySelector("button.compare").click();
+      said.push(wide());
+      document.body.dataset.said = JSON.stringify(said);
+    });
+    """
+    frame = f'<iframe style="width:390px;height:800px;border:0" srcdoc="{escape(html)}"></iframe>'
+    _, page = browse(frame, script)
+    assert json.loads(page.all("body")[0]["data-said"]) == [[390, 0], [390, 0]]
 
 
 @pytest.mark.chromium

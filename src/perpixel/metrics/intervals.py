@@ -86,7 +86,7 @@ def difference(
     held: np.ndarray | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
-    """Interval of score(second) - score(first) of two runs on the same images, in the same order (`PerImage.paired_with`).
+    """Interval of score(second) - score(first) of two runs on the same images, in the same order.
 
     Each resample draws the same images for both, so what makes an image hard or easy for both cancels. Arguments as in `interval`.
 

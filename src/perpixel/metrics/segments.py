@@ -155,36 +155,6 @@ def v_info(pairs: Pairs, alone: bool = False) -> SplitMerge:
     return SplitMerge(2 * shared / total if total else 1.0, split, merge)
 
 
-def variation_of_information(pairs: Pairs) -> tuple[float, float]:
-    """H(prediction | truth) (splits) and H(truth | prediction) (merges) in bits over the true foreground; their sum is the distance.
-
-    Args:
-        pairs: from `overlaps`.
-    """
-    counts = foreground(pairs)
-    if not counts[0].sum():
-        return math.nan, math.nan
-    joint, of_predicted, of_true = (_entropy(values) / math.log(2) for values in counts)
-    return max(joint - of_true, 0.0), max(joint - of_predicted, 0.0)
-
-
-def pixel_f(truth: Map, predicted: Map) -> float:
-    """F of the foreground pixels of two binary maps; 1 where both are empty."""
-    true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
-    if true.shape != guess.shape:
-        raise ValueError(f"truth is {true.shape} and predicted {guess.shape}; they must have the same (height, width)")
-    total = int(true.sum()) + int(guess.sum())
-    return 2 * int((true & guess).sum()) / total if total else 1.0
-
-
-def pixel_error(truth: Map, predicted: Map) -> float:
-    """Share of the pixels of two binary maps that differ: their mean squared difference."""
-    true, guess = integer_map(truth, "truth") != 0, integer_map(predicted, "predicted") != 0
-    if true.shape != guess.shape:
-        raise ValueError(f"truth is {true.shape} and predicted {guess.shape}; they must have the same (height, width)")
-    return float((true != guess).mean()) if true.size else math.nan
-
-
 class Objects:
     """Streaming scores of objects: SEG, and F1 of found objects at IoU thresholds.
 

@@ -19,7 +19,7 @@ class SurfaceDistance:
     The surface of a class has its pixels with one of the four neighbours not of the class, or outside the image; its points are the
     pixels' centres. ASSD is the sum of all distances from each surface to the nearest point of the other, by their number; the Hausdorff
     distance is the larger of the two directed percentiles (linear between ranks), 100 giving the classic maximum. A pixel without truth
-    is void in both (`labelled_pair`).
+    is in both what the nearest pixel with truth is (`pairs.filled`).
 
     There is no distance where a class is in one of the two only: such images are counted in `missed` (truth alone) and `invented`
     (prediction alone), (K,) int64 each, and must be reported beside the means, which leave them out.

@@ -179,19 +179,6 @@ class PerImage:
         """(*shape) int64: the counts of the set."""
         return np.asarray(self.table.sum(0))
 
-    def paired_with(self, other: "PerImage") -> tuple[np.ndarray, np.ndarray]:
-        """Both tables with the same images in the same order; ValueError where the images are not the same or not told apart by name."""
-        for table in (self, other):
-            if len(set(table.names)) < len(table.names):
-                raise ValueError("images are paired by name, and two have the same one; give each a name of its own")
-        missing = set(self.names) ^ set(other.names)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} images are in one of the two runs only, such as {min(missing)}; score both on the same images"
-            )
-        place = {name: number for number, name in enumerate(other.names)}
-        return self.table, other.table[[place[name] for name in self.names]]
-
 
 def packed(table: np.ndarray) -> list[list[float]]:
     """A table (N, *shape) as plain JSON types, short where most of it is 0: of each image the place in the flattened row and the value,

@@ -32,6 +32,9 @@ SET_SCORES = {
 }
 
 
+HALVED = {"v_rand": "V_rand", "v_info": "V_info"}  # each has a half for splits and one for mergers
+
+
 class Sized(Protocol):
     @property
     def bytes(self) -> int:
@@ -123,6 +126,7 @@ def _variables(content: Content) -> dict[str, Any]:
         "atlas": atlas,
         "atlas_words": _atlas_words(len(atlas), scores["images"]),
         "board_words": _board_words(scores.get("neurite")),
+        "objects": _object_rows(scores.get("neurite")),
         "loss_scale": max((entry.loss for entry in atlas if math.isfinite(entry.loss)), default=0.0) or 1.0,
         "suspects": _within(content.suspects, BUDGET["suspects"], lambda suspect: suspect.crop),
         "proposals": _within(content.proposals, BUDGET["proposals"]),
@@ -139,7 +143,9 @@ def _headline(content: Content) -> list[dict[str, str]]:
     if "boundary" in scores:
         found.append({"words": "boundary F (BF)", "value": percent(scores["boundary"]["bf"]), "within": _between(content.intervals["bf"])})
     cost = scores["cost"]
-    found.append({"words": "cost (nats per pixel)", "value": "–" if cost is None else f"{cost:.3f}", "within": ""})
+    ends = [float(content.intervals[COST.name].low), float(content.intervals[COST.name].high)]
+    within = f"{ends[0]:.3f} – {ends[1]:.3f}" if all(map(math.isfinite, ends)) else ""
+    found.append({"words": "cost (nats per pixel)", "value": "–" if cost is None else f"{cost:.3f}", "within": within})
     return [*found, {"words": "images", "value": f"{scores['images']:,}", "within": ""}]
 
 
@@ -204,6 +210,15 @@ def _board_words(neurite: Mapping[str, Any] | None) -> str:
     rule = "The rows with a best threshold are as the boards of the EM challenge (ISBI 2012) have them, which is what papers state;"
     words = f"Best thresholds of the probability of {neurite['inside']}: {at or 'none'}."
     return f"{rule} those above them are of the most probable class. {words}"
+
+
+def _object_rows(neurite: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(words, value): the two halves of V_rand and V_info, and F1 of objects over the IoU that a match needs; they have no intervals."""
+    if not neurite:
+        return []
+    halves = [(f"{words} {half}", neurite[f"{key}_{half}"]) for key, words in HALVED.items() for half in ("split", "merge")]
+    rows = [*halves, *((f"F1 of objects at IoU {least}", value) for least, value in neurite["f1"].items())]
+    return [(words, "–" if value is None else f"{value:.4f}") for words, value in rows]
 
 
 def _mistaken(content: Content) -> list[dict[str, Any]]:

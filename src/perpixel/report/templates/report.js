@@ -98,7 +98,7 @@
     truth.src = find(".truth img", article).src;
     guess.src = find(".guess img", article).src;
     find("h2", dialog).textContent = article.dataset.name;
-    find("#below").textContent = "Point at the image to read the classes there.";
+    find("#below").textContent = "Point at the image, or go to it by Tab and move by arrow keys, to read the classes there.";
     pixels = [];
     Promise.all([read(truth), read(guess)]).then((contexts) => { if (current === article) pixels = contexts; }, () => { pixels = []; });
     place();
@@ -115,6 +115,23 @@
     const x = (event.clientX - box.left) / box.width;
     const y = (event.clientY - box.top) / box.height;
     if (event.buttons) { split.value = String(100 * x); place(); }
+    tell(x, y);
+  }
+
+  const STEP = 1 / 64; // of the image, for each press of an arrow key
+  const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const cursor = find(".cursor", stage);
+  const at = { x: 0.5, y: 0.5 };
+
+  function move([right, down]) {
+    at.x = Math.min(Math.max(at.x + right * STEP, 0), 1 - STEP / 2);
+    at.y = Math.min(Math.max(at.y + down * STEP, 0), 1 - STEP / 2);
+    cursor.style.left = `${100 * at.x}%`;
+    cursor.style.top = `${100 * at.y}%`;
+    tell(at.x, at.y);
+  }
+
+  function tell(x, y) {
     if (pixels.length !== 2 || x < 0 || y < 0 || x >= 1 || y >= 1) return;
     const [known, found] = pixels.map((context) => {
       const [red, green, blue, alpha] = context.getImageData(Math.floor(x * context.canvas.width), Math.floor(y * context.canvas.height), 1, 1).data;
@@ -131,6 +148,12 @@
   opacity.addEventListener("input", place);
   stage.addEventListener("pointermove", point);
   stage.addEventListener("pointerdown", point);
+  stage.addEventListener("focus", () => move([0, 0]));
+  stage.addEventListener("keydown", (event) => {
+    if (!(event.key in MOVES)) return;
+    event.preventDefault(); // the dialog would scroll
+    move(MOVES[event.key]);
+  });
   find("#previous").addEventListener("click", () => step(-1));
   find("#next").addEventListener("click", () => step(1));
   find("#close").addEventListener("click", () => dialog.close());
