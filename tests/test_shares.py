@@ -138,7 +138,7 @@ def test_a_process_stays_below_its_limit_on_memory(make_bundle, tmp_path, extra)
     """
     pixels = np.random.default_rng(0).random((1100, 1000, 3), np.float32)
     tifffile.imwrite(tmp_path / "strips.tif", pixels, photometric="rgb", rowsperstrip=512, compression="zlib")
-    bundle, limit = make_bundle(tile=256, overlap=32, dtype="float32"), 1100
+    bundle, limit = make_bundle(tile=256, overlap=32, dtype="float32"), 1300
     words = ["predict", str(bundle), str(tmp_path / "strips.tif"), "-o", str(tmp_path / "out"), "--max-ram", f"{limit}M", *extra]
     done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

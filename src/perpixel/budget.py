@@ -199,10 +199,8 @@ def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: G
     if len(grid.blocks) > 1:  # what windows over the borders say of the next block and, up to a limit, of those below
         across = 4 * model.classes * tiler.window
         kept = min(KEPT, across * columns) + across * seen[0]
-    held = source.held(grid.block[0] + 2 * tiler.window)
-    return int(scores * needs.copies) + seen[0] * seen[1] * needs.extra, 3 * region + held + 3 * height * width * (
-        1 + 2 * needs.maps
-    ) + kept
+    held = source.held(grid.block[0] + 2 * tiler.window) + 3 * height * width * (1 + 2 * needs.maps)
+    return int(scores * needs.copies) + seen[0] * seen[1] * needs.extra, 3 * region + held + kept + needs.once
 
 
 def _measured(model: SegmentationModel, tiler: Tiler, bands: int, size: tuple[int, int]) -> tuple[float, int, int, int]:

@@ -92,7 +92,7 @@ def _held(table: np.ndarray, bound: np.ndarray) -> np.ndarray:
     """
     if table.shape[2:] == (3,):
         return tallies.holding(table)
-    return np.asarray(bound[..., 1].reshape(*bound.shape[:2], -1).any(-1).sum(0))
+    return np.asarray(bound[..., 1].any(axis=tuple(range(2, bound.ndim - 1))).sum(0))
 
 
 def _of_classes(mean: Callable[..., np.ndarray]) -> Bind:
