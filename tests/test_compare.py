@@ -19,9 +19,9 @@ CLASSES = ["sky", "sea", "land"]
 
 
 def evaluation(
-    rate, seed=0, folder="set", numbers=range(12), classes=CLASSES, truth_seed=5, groups=("boundary",), inside=None
+    rate, seed=0, folder="set", numbers=range(12), classes=CLASSES, truth_seed=5, groups=("boundary",), inside=None, streamed=()
 ) -> Evaluation:
-    """Images of blocks, of which a share `rate` of the pixels is wrong."""
+    """Images of blocks, of which a share `rate` of the pixels is wrong; those of `streamed` as if scored block by block."""
     random = np.random.default_rng(seed)
     result = Evaluation(Region(len(classes)), list(classes), scores=Scores(groups, classes, inside=inside))
     order = np.array([classes.index(name) for name in CLASSES if name in classes])
@@ -31,6 +31,9 @@ def evaluation(
         guess = np.where(random.random(truth.shape) < rate, random.integers(0, len(classes), truth.shape), truth)
         result.region.update(truth, guess, name=name)
         result.losses[name] = rate + 0.01 * float(random.random())
+        if number in streamed:
+            result.scores.skip_image()
+            continue
         sure = torch.from_numpy(random.uniform(0.5, 3, truth.shape))
         logits = (sure * torch.nn.functional.one_hot(torch.from_numpy(guess), len(classes)).movedim(-1, 0)).float()
         result.scores(Scored(name, Path(name), torch.zeros(3, 24, 24), torch.from_numpy(truth), logits, result.losses[name], 255))
@@ -162,6 +165,77 @@ def test_a_class_in_five_images_is_never_called_better(tmp_path):
     assert not rows[1]["real"]
 
 
+def test_images_that_one_run_scored_block_by_block_are_left_out_of_scores_of_shape_and_it_is_said(file):
+    """The same predictions: a run has no contours of an image it did not hold whole, which is no difference."""
+    whole, blocks = file("a", 0.0), file("b", 0.0, streamed=range(0, 12, 2))
+    for order in ([whole, blocks], [blocks, whole]):
+        (found,) = compare(order)
+        for name in ("bf", "boundary_iou", "trimap_5"):
+            assert (found.differences[name].value, found.differences[name].images) == (0, 6)
+            assert found.values[name] == (1, 1)
+        assert found.differences["miou"].images == 12
+        (note,) = found.notes
+        assert note.startswith("6 of 12 images were scored block by block in one run or both, and are left out of: boundary F (BF),")
+
+
+def test_runs_that_held_no_image_whole_in_both_are_compared_by_regions_alone(file):
+    (found,) = compare([file("a", 0.1, streamed=range(6)), file("b", 0.3, streamed=range(6, 12))])
+    assert set(found.differences) == {"miou", "pixel_accuracy", "mean_accuracy", "fwiou", "mean_dice", "cost"}
+    assert "12 of 12 images" in found.notes[0]
+
+
+def test_images_without_a_labelled_pixel_have_no_say_in_what_is_real(tmp_path):
+    """Two images agree, which shows nothing; ten of void alone add nothing."""
+    truth = np.arange(64) % 2
+    for name, hits in (("a", 10), ("b", 50)):
+        region = Region(2)
+        for number in range(12):
+            labels = truth if number < 2 else np.full(64, 255)
+            region.update(labels, np.where(np.arange(64) < hits, truth, 1 - truth), ignore=255, name=f"{number}.png")
+        Evaluation(region, ["x", "y"], {f"{n}.png": 0.1 for n in range(2)}).to_file(tmp_path / f"{name}.json")
+        assert Evaluation(region, ["x", "y"]).intervals()["miou"].images == 2
+    (found,) = compare([tmp_path / "a.json", tmp_path / "b.json"])
+    assert "(95 % " in found.verdict
+    assert ", 2 images); so few images tell nothing of others" in found.verdict
+    assert not any(row["real"] for row in found.to_json()["scores"].values())
+
+
+def with_contours_invented_by_the_first(folder):
+    """Files of two runs on 12 images, three of which hold the last class; the first draws it in all the others too."""
+    truth, plain_truth = np.zeros((16, 16), int), np.zeros((16, 16), int)
+    truth[4:12, 4:12] = 1
+    for name in ("a", "b"):
+        result = Evaluation(Region(2), ["x", "y"], scores=Scores(["boundary", "surface"], ["x", "y"]))
+        for number in range(12):
+            labels = truth if number < 3 else plain_truth
+            guess = np.roll(truth, 1 + number % 3, 1) if name == "a" or number == 1 else labels
+            logits = 9.0 * torch.eye(2)[torch.from_numpy(guess)].movedim(-1, 0)
+            result.region.update(labels, guess, name=f"{number}.png")
+            result.losses[f"{number}.png"] = 0.1
+            result.scores(Scored(f"{number}", Path(f"{number}.png"), torch.zeros(3, 16, 16), torch.from_numpy(labels), logits, 0.1, 255))
+        result.to_file(folder / f"{name}.json")
+    return folder / "a.json", folder / "b.json"
+
+
+def test_the_order_of_the_runs_only_turns_the_signs(tmp_path):
+    a, b = with_contours_invented_by_the_first(tmp_path)
+    (one,), (two,) = compare([a, b]), compare([b, a])
+    pairs = [(one.differences[name], two.differences[name]) for name in one.differences]
+    pairs += [(one.by_class[name].found, two.by_class[name].found) for name in one.by_class]
+    for left, right in pairs:
+        np.testing.assert_allclose(np.asarray(left.value), -np.asarray(right.value))
+        np.testing.assert_allclose(np.asarray(left.low), -np.asarray(right.high), atol=1e-12)
+        np.testing.assert_array_equal(left.images, right.images)
+        np.testing.assert_array_equal(left.above_zero, right.below_zero)
+
+
+def test_contours_that_a_run_invents_do_not_count_as_images_of_the_class(tmp_path):
+    (found,) = compare(with_contours_invented_by_the_first(tmp_path))
+    bf = found.by_class["bf"].found
+    assert np.asarray(bf.images).tolist() == [3, 3]
+    assert not (bf.above_zero | bf.below_zero).any()
+
+
 def test_the_interval_is_that_of_drawing_the_same_images_for_both(file):
     """A slow bootstrap of its own, with other draws: the ends agree to a fifth of the width."""
     one, two = evaluation(0.5), evaluation(0.45, seed=1)
@@ -228,7 +302,8 @@ def two_that_differ_in_a_stray_pixel(folder, images_of_the_rare_class):
 
 @pytest.mark.parametrize("absent", ["union", "truth"])
 def test_resamples_that_miss_a_class_do_not_tilt_the_difference(tmp_path, absent):
-    (found,) = compare(two_that_differ_in_a_stray_pixel(tmp_path, 1), absent)
+    """Three images of the class: of one alone, on which a third of the mean would rest, nothing is known."""
+    (found,) = compare(two_that_differ_in_a_stray_pixel(tmp_path, 3), absent)
     assert -0.1 < found.differences["miou"].low <= found.differences["miou"].high < 0
 
 
@@ -292,6 +367,30 @@ def test_other_masks_no_common_image_and_files_without_counts_are_refused(file, 
         compare([first, tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="1 run given"):
         compare([first])
+
+
+def test_a_file_name_that_is_no_text_stops_neither_the_tables_nor_the_page(tmp_path, command):
+    """Names of files are bytes to Linux, and those that are no UTF-8 come as lone surrogates, which no encoder takes."""
+    for name, rate in (("a", 0.5), ("b", 0.1)):
+        evaluation(rate, folder="set\udcff").to_file(tmp_path / f"{name}.json")
+    page = tmp_path / "page.html"
+    said = command("compare", tmp_path / "a.json", tmp_path / "b.json", "--html", page)
+    assert said.code == 0
+    assert re.search(r"points  set\\udcff/\d\d\.png", said.out)
+    assert re.search(r"points: set\?/\d\d\.png", page.read_text("utf-8"))
+
+
+def test_runs_scored_in_other_ways_are_compared_and_it_is_said(tmp_path):
+    for name, change in (("a", {}), ("b", {"precision": "bf16", "refined": "dense_crf (its defaults)", "augment": "flips"})):
+        made = evaluation(0.3)
+        vars(made).update(change)
+        made.to_file(tmp_path / f"{name}.json")
+    (found,) = compare([tmp_path / "a.json", tmp_path / "b.json"])
+    assert found.notes == [
+        "the runs differ in precision of the network: float32 and bf16",
+        "the runs differ in refinement: none and dense_crf (its defaults)",
+        "the runs differ in views of each image: one and flips",
+    ]
 
 
 def test_the_page_holds_every_number_is_escaped_and_draws_better_to_the_right(file, tmp_path):

@@ -41,7 +41,7 @@ ARROWS = {
     "calibrate": {"bundle", "evaluate", "metrics", "scores"},
     "compare": {"metrics", "scores"},
     "compare_page": {"compare", "data", "metrics"},
-    "report": {"blockwise", "bundle", "data", "evaluate", "metrics", "plan", "predict", "scores", "segmenter", "streaming"},
+    "report": {"blockwise", "bundle", "data", "evaluate", "metrics", "plan", "predict", "recipe", "scores", "segmenter", "streaming"},
     "run": {
         "bundle",
         "calibrate",

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,10 +231,11 @@ def test_an_error_of_the_writer_is_not_blamed_on_other_pictures(make_bundle, tmp
         predict_files(load(make_bundle(), device="cpu"), [images], tmp_path / "out", Task(overlay=True))
 
 
-def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monkeypatch, small_blocks):
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monkeypatch, small_blocks, kind):
     segmenter = load(make_bundle(tile=64, overlap=16), device="cpu")
     image, out = tiff(tmp_path / "a.tif", 300, 420), tmp_path / "out"
-    shares = [Task(format="tif", shard=(part, 2)) for part in (0, 1)]
+    shares = [Task(format=kind, shard=(part, 2)) for part in (0, 1)]
     assert predict_files(segmenter, [image], out, shares[1]).shared == 1
     own, first = predict.write_layer, [True]
 
@@ -243,9 +245,10 @@ def test_whoever_comes_second_to_the_join_is_content(make_bundle, tmp_path, monk
         own(*arguments)
 
     monkeypatch.setattr(predict, "write_layer", slow)
-    assert predict_files(segmenter, [image], out, shares[0]).written == [out / "a.tif"]
-    assert [path.name for path in out.iterdir()] == ["a.tif"]
-    assert np.array_equal(tifffile.imread(out / "a.tif"), segmenter.predict(image))
+    assert predict_files(segmenter, [image], out, shares[0]).written == [out / f"a.{kind}"]
+    assert [path.name for path in out.iterdir()] == [f"a.{kind}"]
+    labels = tifffile.imread(out / "a.tif") if kind == "tif" else zarr.open(out / "a.zarr", mode="r")[:]
+    assert np.array_equal(labels, segmenter.predict(image))
 
 
 def test_a_share_of_ordinary_pictures_does_not_decode_those_of_others(make_bundle, tmp_path, monkeypatch):
@@ -259,11 +262,23 @@ def test_a_share_of_ordinary_pictures_does_not_decode_those_of_others(make_bundl
 def test_a_rewritten_zarr_store_is_another_picture(make_bundle, tmp_path):
     store = zarr.create_array(tmp_path / "a.zarr", shape=(64, 64, 3), chunks=(32, 32, 3), dtype="uint8")
     store[:] = noise(64, 64, 3)
-    run = predict._Run(load(make_bundle(), device="cpu"), Task(), tmp_path / "out", [], lambda *_: None, lambda _: None)
-    before = run.key(Picture(tmp_path / "a.zarr"))
-    assert run.key(Picture(tmp_path / "a.zarr")) == before
+    segmenter, picture = load(make_bundle(), device="cpu"), Picture(tmp_path / "a.zarr")
+    first, second, third = (predict._Run(segmenter, Task(), tmp_path / "out", [], lambda *_: None, lambda _: None) for _ in range(3))
+    before = first.key(picture)
+    assert second.key(picture) == before
     store[:32] = noise(32, 64, 3, seed=1)
-    assert run.key(Picture(tmp_path / "a.zarr")) != before
+    assert third.key(picture) != before
+    assert first.key(picture) == before  # its parts stay its own
+
+
+def test_the_files_of_a_zarr_store_are_looked_at_once_for_all_its_slices(make_bundle, tmp_path, monkeypatch):
+    zarr.create_array(tmp_path / "a.zarr", shape=(20, 32, 32), chunks=(1, 32, 32), dtype="uint8")[:] = noise(20, 32, 32)
+    run = predict._Run(load(make_bundle(), device="cpu"), Task(), tmp_path / "out", [], lambda *_: None, lambda _: None)
+    seen, own = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **rest: seen.append(path) or own(path, **rest))
+    keys = {run.key(Picture(tmp_path / "a.zarr", page)) for page in range(20) for _ in range(4)}
+    assert len(keys) == 20
+    assert len(seen) < 10 * 21  # a few for each file
 
 
 @pytest.mark.parametrize("kind", ["alpha", "mask", "number"])

@@ -1,6 +1,7 @@
 """Training: the loop, what it writes, and that nothing is lost when it is killed."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -140,6 +141,8 @@ def test_the_network_trains_in_the_precision_of_the_recipe(sample_set, tmp_path,
     monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
     settings = [setting for setting in tiny_settings if "precision" not in setting]
     train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=[*settings, f"train.precision={precision}"])
+    told = json.loads((tmp_path / "evaluation.json").read_text())["precision"]
+    assert told == {torch.bfloat16: "bf16", torch.float32: "float32"}[dtype]  # that of its scores, in the words of `evaluate`
     assert seen == {dtype}
 
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,19 +160,23 @@ def evaluate(
 @app.command()
 def predict(
     bundle: Bundle,
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, folders, globs, TIFF stacks.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Image files, folders, globs, TIFF stacks, OME-TIFF, .vrt, zarr.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label images.")] = Path("labels"),
     overlay: Annotated[bool, typer.Option("--overlay", help="Also OUT/overlays: the labels' colours over the images.")] = False,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (classes, H, W).")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also OUT/probabilities: (classes, H, W) float16; .npy, or TIFF or zarr as the labels.")
+    ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Mean of so many predictions with dropout on; also OUT/uncertainty: float16 .npy, (H, W).", show_default=False
-        ),
+        typer.Option(min=1, help="Mean of so many predictions with dropout on; also OUT/uncertainty: (H, W) float16.", show_default=False),
     ] = None,
     refine: Refine = "bundle",
     entropy: Annotated[bool, typer.Option("--entropy", help="Also OUT/entropy: of the probabilities, in nats; float16, (H, W).")] = False,
-    format_: Annotated[str, typer.Option("--format", help="png, tif or zarr; auto: tif for very large or georeferenced images.")] = "auto",
+    format_: Annotated[
+        str, typer.Option("--format", help="png, tif, zarr; auto: zarr for zarr, tif for very large and georeferenced.")
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at damage, instead of leaving it out.")] = False,
     max_ram: Annotated[str | None, typer.Option(help="Memory the process may take: 2G, 800M.", show_default=False)] = None,
     max_vram: Annotated[str | None, typer.Option(help="Memory of the GPU it may take.", show_default=False)] = None,
@@ -347,6 +352,8 @@ def demo(
 def main() -> None:
     """The `perpixel` command. Bad input ends with one message and exit code 2, no traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait cost a third of the speed on a busy machine
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold bytes that are no text: as stderr shows them
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(stderr=True, soft_wrap=True)
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from perpixel.metrics.measures import CLASS_TABLES, MEASURES, Measure
 from perpixel.scores import plain
 
 HOW = "Such a file is written by `perpixel evaluate --json-out FILE`, and by `perpixel train` as RUN/evaluation.json."
+OF_ANY_IMAGE = ("region", "losses")  # tables that hold also images that were scored block by block
+WAYS = {  # key in the file -> words, and what stands for none
+    "precision": ("precision of the network", "float32"),
+    "refined": ("refinement", "none"),
+    "augment": ("views of each image", "one"),
+}
 NAMED = 5  # images on each side, in the table for people
 
 
@@ -33,6 +39,7 @@ class RunScores:
     Attributes:
         tables: name -> (N, *shape), as `metrics.measures` knows it: counts of pixels, contour pixels, segments, and losses (N,), NaN where
             nothing is labelled and infinite where the scores overflowed.
+        whole: (N,) whether each image was held whole; one that was scored block by block is in no table but those of pixels and losses.
         inside: the class that neurite scores took for the inside; "" without any.
     """
 
@@ -40,7 +47,9 @@ class RunScores:
     classes: list[str]
     images: list[str]
     tables: dict[str, np.ndarray]
+    whole: np.ndarray
     inside: str = ""
+    ways: Mapping[str, str] = field(default_factory=dict)  # how the scores came about: each key of `WAYS`, where the file has it
 
     @property
     def region(self) -> np.ndarray:
@@ -50,9 +59,8 @@ class RunScores:
     def chosen(self, images: Sequence[int], classes: Sequence[int]) -> "RunScores":
         """Only these images and classes, in this order."""
         tables = {name: table[images][:, list(classes)] if name in CLASS_TABLES else table[images] for name, table in self.tables.items()}
-        return RunScores(
-            self.name, [self.classes[place] for place in classes], [self.images[place] for place in images], tables, self.inside
-        )
+        names, chosen = [self.classes[place] for place in classes], [self.images[place] for place in images]
+        return RunScores(self.name, names, chosen, tables, self.whole[images], self.inside, self.ways)
 
 
 @dataclass
@@ -100,7 +108,7 @@ class Pairing:
     def verdict(self) -> str:
         """One line: whether the difference in mIoU is real."""
         found = self.differences["miou"]
-        gain = f"{100 * found.value:+.2f} points of mIoU (95 % {100 * found.low:+.2f} to {100 * found.high:+.2f}, {self.images} images)"
+        gain = f"{100 * found.value:+.2f} points of mIoU (95 % {100 * found.low:+.2f} to {100 * found.high:+.2f}, {found.images} images)"
         if found.images < FEW or not np.isfinite(found.low):
             return f"{self.second} against {self.first}: {gain}; so few images tell nothing of others"
         if found.above_zero or found.below_zero:
@@ -126,6 +134,7 @@ class Pairing:
                     "difference": plain(found.value),
                     "low": plain(found.low),
                     "high": plain(found.high),
+                    "images": int(found.images),  # that the score rests on
                     "real": bool(found.above_zero or found.below_zero),
                 }
                 for name, found in self.differences.items()
@@ -172,17 +181,21 @@ def read_scores(path: Path) -> RunScores:
     try:
         stored, losses = dict(content["per_image"]), content["losses"]
         names, classes = stored.pop("names"), [row["name"] for row in content["classes"]]
+        stored_whole = stored.pop("whole")
         tables = {}
         for name, part in stored.items():
             shape, rows = ((len(classes), 3), part) if isinstance(part, list) else (part["shape"], part["rows"])
             tables[name] = tallies.unpacked(shape, names, rows)
         tables["losses"] = np.array([np.inf if (loss := losses.get(name, np.nan)) is None else loss for name in names], np.float64)
+        whole = np.array(stored_whole, bool)
+        if whole.shape != (len(names),):
+            raise ValueError(f"of {len(names)} images {len(whole)} are said to have been held whole or not")
         inside = content.get("neurite", {}).get("inside", "")
         if "region" not in tables:
             raise ValueError("there are no counts of pixels")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its scores are damaged: {error}. {HOW}") from None
-    return RunScores(str(path), classes, names, tables, inside)
+    return RunScores(str(path), classes, names, tables, whole, inside, {key: str(content[key]) for key in WAYS if key in content})
 
 
 def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
@@ -196,8 +209,10 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
             f"{second.name}: the truth of {len(unlike)} images is not that of {first.name}, such as {one.images[unlike[0]]}: "
             "other masks, or another label map. Score both on the same"
         )
+    ways = {words: [run.ways.get(key, unless) or unless for run in (one, two)] for key, (words, unless) in WAYS.items()}
+    notes += [f"the runs differ in {words}: {' and '.join(pair)}" for words, pair in ways.items() if pair[0] != pair[1]]
     measures = _shared(one, two, notes)
-    pairs = {name: (one.tables[measure.table], two.tables[measure.table]) for name, measure in measures.items()}
+    pairs = {name: _tables_of(measure, one, two) for name, measure in measures.items()}
     by_class = {
         name: ClassScores(measure, *measure.class_differences(*pairs[name], absent))
         for name, measure in measures.items()
@@ -219,6 +234,12 @@ def _paired(first: RunScores, second: RunScores, absent: str) -> Pairing:
     )
 
 
+def _tables_of(measure: Measure, one: RunScores, two: RunScores) -> tuple[np.ndarray, np.ndarray]:
+    """What a measure is computed from, of the images that both runs have it of."""
+    chosen = slice(None) if measure.table in OF_ANY_IMAGE else one.whole & two.whole
+    return one.tables[measure.table][chosen], two.tables[measure.table][chosen]
+
+
 def _shared(one: RunScores, two: RunScores, notes: list[str]) -> dict[str, Measure]:
     """The measures that both files have all for; says why some that are in one or both can't be compared."""
     found = {name: measure for name, measure in MEASURES.items() if measure.table in one.tables and measure.table in two.tables}
@@ -230,6 +251,11 @@ def _shared(one: RunScores, two: RunScores, notes: list[str]) -> dict[str, Measu
         del found["cost"]
     if one.inside != two.inside and one.inside and two.inside:
         notes.append(f"neurite scores are not compared: one took {one.inside}, the other {two.inside} for the inside")
+    both = one.whole & two.whole
+    if lost := [name for name, measure in found.items() if measure.table not in OF_ANY_IMAGE] if not both.all() else []:
+        words = ", ".join(found[name].words for name in lost)
+        notes.append(f"{(~both).sum()} of {len(both)} images were scored block by block in one run or both, and are left out of: {words}")
+        found = found if both.any() else {name: measure for name, measure in found.items() if name not in lost}
     whole = {name for name, measure in found.items() if measure.by_class or measure.table == "losses"}
     same = {name for name, measure in found.items() if one.tables[measure.table].shape == two.tables[measure.table].shape}
     return {name: found[name] for name in found if name in same and (name in whole or one.inside == two.inside)}

@@ -81,7 +81,8 @@ def write_page(pairings: "Sequence[Pairing]", path: Path) -> None:
     pairs = [_content(pairing.to_json()) for pairing in pairings]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(template.render(pairs=pairs, width=WIDTH, height=HEIGHT, version=__version__), "utf-8")
+        page = template.render(pairs=pairs, width=WIDTH, height=HEIGHT, version=__version__)
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a file's name may hold bytes that are no text
 
 
 def _content(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,12 +80,15 @@ class Evaluation:
             found |= {"pixel_accuracy": tallies.pixel_accuracy(sums), "fwiou": tallies.fwiou(sums)}
             return np.concatenate([np.stack([found[name] for name in names], -1), tallies.iou(tallies.without_missed(sums, whole))], -1)
 
-        held = np.concatenate([np.full(len(names), len(images)), tallies.holding(images.table)])
+        count = int(images.table.any((1, 2)).sum())  # all but those of void alone
+        holding = tallies.holding(images.table)
+        of_all = count * np.eye(1, len(holding), dtype=np.int64)[0]  # scores that are no mean over classes rest on all images
+        held = np.stack([*(holding if name in tallies.MEANS else of_all for name in names), *np.diag(holding)])
         every = interval(images.table, scores_of, held=held, bounds=(0, 1))
         value, low, high = (np.asarray(part) for part in (every.value, every.low, every.high))
-        found = {name: Interval(value[k], low[k], high[k], every.level, len(images)) for k, name in enumerate(names)}
-        value, low, high, held = (part[len(names) :] for part in (value, low, high, held))
-        found["iou"] = Interval(value, low, high, every.level, held)
+        found = {name: Interval(value[k], low[k], high[k], every.level, count) for k, name in enumerate(names)}
+        value, low, high = (part[len(names) :] for part in (value, low, high))
+        found["iou"] = Interval(value, low, high, every.level, holding)
         losses = np.array(list(self.losses.values()))
         found["cost"] = COST.interval(losses if np.isfinite(losses).all() else np.full_like(losses, np.nan), absent)
         return found if self.scores is None else found | self.scores.intervals(absent)
@@ -112,12 +115,15 @@ class Evaluation:
         }
 
     def to_file(self, path: Path) -> None:
-        """Writes `to_json`, and under "per_image" the counts of each image, which `perpixel compare` reads.
+        """Writes `to_json`, and under "per_image" the counts of each image and whether it was held whole, for `perpixel compare`.
 
         One line for each key: text for people and short for programs.
         """
         tables = {"region": self.region.images.table, **({} if self.scores is None else self.scores.tables())}
-        kept = [f'"names": {json.dumps(self.region.images.names)}', *(self._packed(name, table) for name, table in tables.items())]
+        images = self.region.images
+        whole = [1] * len(images) if self.scores is None else [int(seen) for seen in self.scores.seen_whole]
+        kept = [f'"names": {json.dumps(images.names)}', f'"whole": {json.dumps(whole)}']
+        kept += [self._packed(name, table) for name, table in tables.items()]
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_json().items()]
         lines.append(f'"per_image": {{{", ".join(kept)}}}')
         path.parent.mkdir(parents=True, exist_ok=True)

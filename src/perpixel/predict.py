@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ class _Run:
     ) -> None:
         self.segmenter, self.task, self.out, self.pictures, self.progress, self.tell = segmenter, task, out, pictures, progress, tell
         self.inputs = {picture.path.resolve() for picture in pictures}
+        self._states: dict[Path, str] = {}  # digest of the names, sizes and times of the files of a path
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
         bundle = segmenter.bundle
@@ -156,11 +158,13 @@ class _Run:
         self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
 
     def key(self, picture: Picture) -> str:
-        """A picture as it is now; one that was replaced since is another."""
+        """A picture as it was when this run first asked; one that was replaced before is another. Each file is looked at once a run."""
         path = picture.path
-        files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path, mask_file(path)]
-        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-        return f"{picture} {states}"
+        if path not in self._states:
+            files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path, mask_file(path)]
+            states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+            self._states[path] = blake2b(str(states).encode(), digest_size=16).hexdigest()
+        return f"{picture} {self._states[path]}"
 
     def opened(self, numbered: tuple[int, Picture]) -> tuple[int, Source | ValueError | None]:
         """The picture, or why it cannot be read, or None where there is nothing to do for this process."""

@@ -276,6 +276,7 @@ class Run:
         with fabric.autocast():
             images, sizes = self.val_images, (tile.tile, tile.overlap)
             result = score(model, images, self.normalize, names, *sizes, share, log.validating, keep, observers=observers)
+        result.precision = "bf16" if self.section.precision == "bf16-mixed" else "float32"
         return _gathered(fabric, result)
 
     def _draw(self, index: int, predicted: np.ndarray) -> None:

@@ -348,11 +348,11 @@ class Scores:
             "neurite": lambda: Neurites(classes, place),
         }
         self.groups: dict[str, Group] = {name: makers[name]() for name in GROUPS if name in groups}
-        self._seen: list[bool] = []  # whether each image was seen whole, and is in the groups' tables
+        self.seen_whole: list[bool] = []  # of each image; only those that were are in the groups' tables
 
     def __call__(self, seen: Scored) -> None:
         """Add one image to every group."""
-        self._seen.append(True)
+        self.seen_whole.append(True)
         if self.groups:
             labels, predicted = seen.labels.cpu().numpy(), seen.logits.argmax(0).cpu().numpy()
             for group in self.groups.values():
@@ -360,11 +360,11 @@ class Scores:
 
     def skip_image(self) -> None:
         """Note an image that was scored block by block: it counts in no table, which stay in step with those of the region."""
-        self._seen.append(False)
+        self.seen_whole.append(False)
 
     def merge(self, other: "Scores") -> None:
         """Add what another process gathered of the same groups."""
-        self._seen += other._seen
+        self.seen_whole += other.seen_whole
         for name, group in self.groups.items():
             group.merge(other.groups[name])
 
@@ -376,8 +376,8 @@ class Scores:
         """Name -> (N, *shape) of what is kept of each image, as `metrics.measures` knows it; 0 for images that were not seen whole."""
         found = {}
         for name, rows in self._rows().items():
-            found[name] = np.zeros((len(self._seen), *rows.shape[1:]), rows.dtype)
-            found[name][self._seen] = rows
+            found[name] = np.zeros((len(self.seen_whole), *rows.shape[1:]), rows.dtype)
+            found[name][self.seen_whole] = rows
         return found
 
     def intervals(self, absent: str = "union") -> dict[str, Interval]:

@@ -130,7 +130,7 @@ def test_a_strip_is_decoded_once_for_a_row_of_blocks(tmp_path, monkeypatch):
         for left in range(0, 200, 50):
             source.read(top, left, 64, 50)
     assert sorted(decoded) == list(range(1, 640 // 16))  # the first was decoded before
-    assert sum(part.nbytes for part in source._kept.values()) <= (64 + 32) * 200
+    assert sum(part.nbytes for part in source.decoded._kept.values()) <= (64 + 16) * 200
 
 
 def test_the_limit_on_pixels_is_for_what_is_decoded_whole(tmp_path, monkeypatch):
@@ -399,3 +399,33 @@ def test_where_no_axis_has_the_model_s_bands_the_error_says_how_to_name_them_and
     pictures = find_sources([tmp_path / "a.zarr"], bands)
     assert len(pictures) == 40
     assert np.array_equal(open_source(pictures[7], bands).read(0, 0, 20, 30).pixels[0], noise(40, 20, 30)[7])
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_a_cut_that_may_have_taken_the_mask_of_a_page_is_told_and_that_of_a_page_with_a_successor_is_not(tmp_path, tiled):
+    options = {"photometric": "minisblack", **({"tile": (64, 64)} if tiled else {})}
+    for name in ("masked", "stack"):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as file:
+            file.write(noise(*SIZE), **options)
+            file.write(noise(*SIZE, seed=2) > 99, **({"photometric": "mask", "subfiletype": 4} if name == "masked" else options))
+            file.write(noise(*SIZE), **options)
+    cuts = {}
+    for name, lost in (("masked", 1), ("stack", 2)):
+        with tifffile.TiffFile(tmp_path / f"{name}.tif") as tiff:
+            assert lost == 2 or tiff.pages[lost].is_mask
+            cuts[name] = tiff.pages[lost].offset
+        (tmp_path / f"{name}.tif").write_bytes((tmp_path / f"{name}.tif").read_bytes()[: cuts[name]])
+    for picture, told in (
+        (Picture(tmp_path / "masked.tif", 0), 1),
+        (Picture(tmp_path / "stack.tif", 0), 0),
+        (Picture(tmp_path / "stack.tif", 1), 1),
+    ):
+        window = open_source(picture).read(3, 4, 60, 70)
+        assert (
+            hole_lines("a", window.damage)
+            == [
+                "a: rows 0 to 149, columns 0 to 209 are damaged "
+                "(the file is cut off, and with it perhaps the mask that says where it has no data)"
+            ][:told]
+        )
+        assert window.known is None

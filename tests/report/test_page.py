@@ -11,11 +11,12 @@ import pytest
 import torch
 from report_scenes import COLORS, stream
 
+from perpixel.bundle import load_bundle
 from perpixel.evaluate import Evaluation
 from perpixel.metrics.region import Region
 from perpixel.report import figures
 from perpixel.report.atlas import Entry
-from perpixel.report.facts import commands, read_run
+from perpixel.report.facts import commands, facts, read_run
 from perpixel.report.findings import Findings
 from perpixel.report.label_next import Proposal
 from perpixel.report.page import BUDGET, Content, render_page
@@ -235,6 +236,32 @@ def test_a_run_folder_with_damaged_files_leaves_out_what_cannot_be_read(tmp_path
     (tmp_path / "metrics.csv").write_bytes(b"\xff\xfe\x00")
     assert read_run(tmp_path).recipe == ""
     assert read_run(tmp_path / "nowhere").rows == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {}\nmodel: {}\ntrain: {}",  # valid, but of no run: it states nothing
+        RUN.replace("lr: 0.004", "lr: much"),
+        RUN.replace("batch: 4", "crop_size: 4"),
+        "data: {images: 3}\nmodel: {name: resnet}\ntrain: {loss: 1}",  # somebody else's
+        "a: [",
+        "- 1",
+    ],
+)
+def test_a_recipe_that_is_no_run_s_leaves_a_page_without_one(tmp_path, text, make_bundle):
+    (tmp_path / "recipe.yaml").write_text(text)
+    card, run = load_bundle(make_bundle()).card, read_run(tmp_path)
+    assert run.recipe == ""
+    assert "Training" not in dict(facts(card, run, tmp_path / "best.safetensors", "images", "none"))
+    assert [words for words, _ in commands(run, tmp_path, ["perpixel"])] == ["To score it again"]
+
+
+def test_the_recipe_of_a_run_is_told(tmp_path, make_bundle):
+    (tmp_path / "recipe.yaml").write_text(RUN)
+    told = dict(facts(load_bundle(make_bundle()).card, read_run(tmp_path), tmp_path / "best.safetensors", "images", "none"))
+    assert told["Training"] == "40 steps; batches of 4 crops of 64x96; adamw, rate 0.004"
+    assert told["Loss"] == "0.5 dice"
 
 
 # ---- in a browser

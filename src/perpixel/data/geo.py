@@ -12,11 +12,12 @@ import tifffile
 
 from perpixel.data.decoding import PictureError, explained
 from perpixel.data.images import Picture
-from perpixel.data.windows import Place, Window, as_window, without_nodata
+from perpixel.data.windows import Place, Window, as_window, segments_in, without_nodata
 
 GEO_SUFFIXES = frozenset({".vrt", ".img"})  # mosaics of files and Erdas Imagine; GeoTIFF goes by its content
 # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+CACHE_IN_BYTES = 100_000  # a smaller GDAL_CACHEMAX is in MB (https://gdal.org/en/stable/user/configoptions.html)
 NODATA_TAG = 42113  # GDAL_NODATA, a number as text
 
 
@@ -57,22 +58,36 @@ class RasterSource:
     def keep(self, rows: int) -> None:
         """GDAL has a cache of its own."""
 
+    def held(self, rows: int) -> int:
+        """GDAL's cache, which is one for all files and 5 % of the machine's memory where GDAL_CACHEMAX says nothing else."""
+        limit = int(self._rasterio.env.get_gdal_config("GDAL_CACHEMAX"))
+        everything = self.size[0] * self.size[1] * sum(np.dtype(kind).itemsize for kind in self._file.dtypes)
+        return min(limit if limit >= CACHE_IN_BYTES else limit * 2**20, everything)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def read(self, top: int, left: int, height: int, width: int) -> Window:
-        where = self._rasterio.windows.Window(left, top, width, height)
+        """See `Source`; where a part of the window cannot be read, each of GDAL's blocks is tried by itself."""
+        damage: dict[tuple[int, int, int, int], str] = {}
         with self._lock, explained(self.picture.path, None):
             try:
-                pixels = self._file.read(self._indices, window=where)
-                masked = self._file.dataset_mask(window=where)  # 0 where alpha, mask or number say that there is no data
-            except self._rasterio.errors.RasterioIOError as error:
-                pixels = np.zeros((self.bands, height, width), self._file.dtypes[0])
-                why = " ".join(str(error).split())[:200]
-                return as_window(pixels, np.zeros((height, width), bool), {(top, left, height, width): why})
-        seen = masked > 0
-        return as_window(pixels, without_nodata(pixels, None if seen.all() else seen, self.place.nodata), {})
+                pixels, seen = self._stored(top, left, height, width)
+            except self._rasterio.errors.RasterioIOError:
+                pixels, seen = np.zeros((self.bands, height, width), self._file.dtypes[0]), np.zeros((height, width), bool)
+                for place, (y0, x0, y1, x1) in segments_in(self.size, self.segment, (top, left, height, width)):
+                    part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+                    try:
+                        pixels[(slice(None), *part)], seen[part] = self._stored(y0, x0, y1 - y0, x1 - x0)
+                    except self._rasterio.errors.RasterioIOError as error:
+                        damage[place] = " ".join(str(error).split())[:200]
+        return as_window(pixels, without_nodata(pixels, None if seen.all() else seen, self.place.nodata), damage)
+
+    def _stored(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """(C, h, w), and (h, w) bool: False where alpha, mask or number say that there is no data."""
+        where = self._rasterio.windows.Window(left, top, width, height)
+        return self._file.read(self._indices, window=where), self._file.dataset_mask(window=where) > 0
 
     def _tags(self) -> Place:
         """The tags that GDAL itself would write for this place."""

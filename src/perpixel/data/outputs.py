@@ -1,9 +1,6 @@
 """From the parts of a mosaic to one file: label PNG, tiled TIFF with everything that belongs to it, .npy, zarr. A part at a time."""
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,7 +12,7 @@ import tifffile
 from perpixel.data.geo import NODATA_TAG
 from perpixel.data.mosaics import Mosaic
 from perpixel.data.windows import Place, Source
-from perpixel.data.writing import VOID_COLOR, replacing, write_labels
+from perpixel.data.writing import VOID_COLOR, replacing, replacing_folder, write_labels
 
 TIFF_LIMIT = 2**32 - 2**24  # bytes of encoded tiles that leave a classic TIFF room for its tags
 FORMATS = ("auto", "png", "tif", "zarr")
@@ -111,7 +108,7 @@ def _write_tiff(path: Path, mosaic: Mosaic, name: str, legend: Legend, place: Pl
 
 
 def _write_npy(path: Path, mosaic: Mosaic, name: str) -> None:
-    """As `write_array`, a row of blocks at a time."""
+    """As `write_array`, a block at a time: each row of it goes to its place in the file."""
     layer, (height, width) = mosaic.layers[name], mosaic.grid.size
     shape = (layer.bands, height, width) if layer.bands else (height, width)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(layer.dtype)), "fortran_order": False, "shape": shape}
@@ -119,15 +116,15 @@ def _write_npy(path: Path, mosaic: Mosaic, name: str) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        for top in range(0, height, mosaic.grid.block[0]):
-            row = [mosaic.array(block, name) for block in mosaic.grid.blocks if block.top == top]
-            for band, part in enumerate(np.concatenate(row, axis=-1).reshape(max(layer.bands, 1), -1, width)):
-                file.seek(start + (band * height + top) * width * item)
-                file.write(np.ascontiguousarray(part).data)
+        for block in mosaic.grid.blocks:
+            for band, part in enumerate(mosaic.array(block, name).reshape(-1, block.height, block.width)):
+                for row, values in enumerate(part, block.top):
+                    file.seek(start + ((band * height + row) * width + block.left) * item)
+                    file.write(values.data)
 
 
 def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
-    """A zarr array with a chunk for each block and the classes as attributes; made under another name and renamed."""
+    """A zarr array with a chunk for each block and the classes as attributes; made beside it under another name and renamed."""
     try:
         zarr = import_module("zarr")
     except ImportError:
@@ -135,9 +132,7 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
     layer, size = mosaic.layers[name], mosaic.grid.size
     block = tuple(min(side, full) for side, full in zip(mosaic.grid.block, size, strict=True))
     shape, chunks = ((layer.bands, *size), (1, *block)) if layer.bands else (size, block)
-    temporary = mosaic.folder / f"{name}.{secrets.token_hex(6)}.zarr"  # with the parts, so that it goes with them after a kill
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing_folder(path) as temporary:
         array = zarr.create_array(
             temporary,
             shape=shape,
@@ -148,15 +143,6 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
         )
         for part in mosaic.grid.blocks:
             array[..., part.top : part.top + part.height, part.left : part.left + part.width] = mosaic.array(part, name)
-        if path.exists():
-            shutil.rmtree(path)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if not path.exists():  # else another process that joined the same parts was first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def thinned(source: Source, mosaic: Mosaic) -> tuple[np.ndarray, np.ndarray]:
@@ -164,14 +150,12 @@ def thinned(source: Source, mosaic: Mosaic) -> tuple[np.ndarray, np.ndarray]:
     step = -(-max(source.size) // OVERLAY_SIDE)
     height, width = (-(-side // step) for side in source.size)
     labels = np.empty((height, width), mosaic.layers["labels"].dtype)
-    image: np.ndarray | None = None
+    image = np.empty((source.bands, height, width), source.read(0, 0, 1, 1).pixels.dtype)
     for block in mosaic.grid.blocks:
         skip_rows, skip_columns = -block.top % step, -block.left % step
         pixels = source.read(block.top, block.left, block.height, block.width).pixels[:, skip_rows::step, skip_columns::step]
-        image = np.empty((len(pixels), height, width), pixels.dtype) if image is None else image
         top, left = (block.top + skip_rows) // step, (block.left + skip_columns) // step
         into = (slice(top, top + pixels.shape[1]), slice(left, left + pixels.shape[2]))
         image[(slice(None), *into)] = pixels
         labels[into] = mosaic.array(block, "labels")[skip_rows::step, skip_columns::step]
-    assert image is not None
     return image, labels

@@ -69,7 +69,7 @@ def open_source(picture: Picture, bands: int | None = None) -> Source:
     if (slices := ome_slices(path)) is not None:
         if not 0 <= (picture.page or 0) < len(slices):
             raise PictureError(f"{picture}: there is no such slice, only 0 to {len(slices) - 1}")
-        return BandPages([TiffSource(Picture(path, page)) for page in slices[picture.page or 0]])
+        return BandPages([Picture(path, page) for page in slices[picture.page or 0]])
     return open_page(picture)
 
 

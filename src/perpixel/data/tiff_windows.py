@@ -3,7 +3,10 @@
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from perpixel.data.images import Picture, pixel_limit
 from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
 
 SMALL = 2**22  # pixels: a striped TIFF up to this size is decoded at once, like any plain picture
-KEPT_BYTES = 2**26  # decoded segments kept for the next window
+KEPT_BYTES = 2**26  # decoded segments of a file kept for the next window, at least
+THREADS = min(4, os.cpu_count() or 1)  # that decode at the same time
 JPEG = {6, 7, 33007, 34892}  # TIFF compressions whose segments need the tables of their page
 
 
@@ -66,6 +70,13 @@ def mask_of_page(picture: Picture, page: tifffile.TiffPage) -> Picture | None:
     return Picture(beside) if page.index == 0 and beside.is_file() else None
 
 
+def mask_may_be_lost(page: tifffile.TiffPage) -> bool:
+    """Whether a file was cut off where the directory of the page's mask may have been: behind it and its overviews."""
+    pages = page.parent.pages
+    following = [pages[number].aspage() for number in range(page.index + 1, len(pages))]
+    return all(other.is_mask or other.is_reduced for other in following) and tiff_is_cut(page.parent)
+
+
 def mask_file(path: Path) -> Path:
     """Where GDAL keeps the mask of a file that holds none."""
     return path.with_name(path.name + ".msk")
@@ -102,6 +113,67 @@ def ome_slices(path: Path) -> list[list[int]] | None:
         return None
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """How a page is cut into segments."""
+
+    segment: int  # bytes of one, decoded
+    count: int
+    high: int  # rows of one
+    planes: int  # bands that have segments of their own
+    striped: bool  # whether one is as wide as the page
+
+    def wanted(self, rows: int) -> int:
+        """Bytes of those that have to be kept for windows of `rows` rows, from left to right: of strips all that one window touches."""
+        touched = (max(rows, 1) + self.high - 2) // self.high + 1
+        return self.segment * min(touched * self.planes, self.count) if self.striped else 0
+
+
+class Decoded:
+    """Decoded segments of the pages of one picture, kept up to a common limit, and the threads that decode them."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(THREADS, "decode")
+        self.pages: list[Cuts] = []
+        self._kept: OrderedDict[tuple[Picture, int], np.ndarray | str] = OrderedDict()
+        self._bytes, self._limit, self._lock = 0, KEPT_BYTES, threading.Lock()
+
+    def keep(self, rows: int) -> None:
+        """See `Source`."""
+        self._limit = self._limit_for(rows)
+
+    def held(self, rows: int) -> int:
+        """See `Source`: what is kept, and what the threads have in hand."""
+        everything = sum(page.segment * page.count for page in self.pages)
+        return min(everything, self._limit_for(rows) + THREADS * max((page.segment for page in self.pages), default=0))
+
+    def _limit_for(self, rows: int) -> int:
+        return max(KEPT_BYTES, sum(page.wanted(rows) for page in self.pages))
+
+    def get(self, picture: Picture, number: int) -> np.ndarray | str | None:
+        """A segment, or why it cannot be decoded; None where it is not kept."""
+        with self._lock:
+            if (picture, number) in self._kept:
+                self._kept.move_to_end((picture, number))
+            return self._kept.get((picture, number))
+
+    def put(self, picture: Picture, number: int, part: np.ndarray | str) -> None:
+        """Keep a segment, and let go of those that were used the longest time ago."""
+        with self._lock:
+            self._bytes += _size(part) - _size(self._kept.pop((picture, number), ""))  # two threads may have decoded it
+            self._kept[picture, number] = part
+            while self._bytes > self._limit and len(self._kept) > 1:
+                self._bytes -= _size(self._kept.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()
+
+
+def _size(part: np.ndarray | str) -> int:
+    return 0 if isinstance(part, str) else part.nbytes
+
+
 class TiffSource:
     """A TIFF page whose tiles or strips are decoded as they are needed, by a few threads.
 
@@ -112,52 +184,63 @@ class TiffSource:
     Args:
         picture: one that can be read in parts (`tiff_in_parts`).
         masked: what its transparency mask hides is not known; it then counts instead of alpha and of the number for "no data", as in GDAL.
+        decoded: segments and threads shared with other pages.
 
     Raises:
         PictureError: nothing of its pixels is there, or a segment is larger than what may be decoded at once.
     """
 
-    def __init__(self, picture: Picture, masked: bool = False) -> None:
+    def __init__(self, picture: Picture, masked: bool = False, decoded: Decoded | None = None) -> None:
         self.picture = picture
-        tiff = tifffile.TiffFile(picture.path)
-        self.page = page = tiff_page(tiff, picture.path, picture.page, partly=True)
-        header = tiff_header(page, 1)
-        self.size, self.bands, self.place = (header.height, header.width), header.bands, place_of(page)
-        self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, header.height), header.width)
-        self._planes = page.samplesperpixel if page.axes == "SYX" else 1
-        self._across = -(-header.width // self.segment[1])
-        self._down = -(-header.height // self.segment[0])
-        self._kept: OrderedDict[int, np.ndarray | str] = OrderedDict()
-        self._limit, self._lock, self._seeking = KEPT_BYTES, threading.Lock(), threading.Lock()
-        self._file, self._end = picture.path.open("rb"), tiff.filehandle.size
-        self._tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
-        self._raw = _is_raw(page) and not page.is_tiled
-        if not self._raw:
-            self._refuse_huge_segments()
-        self._refuse_empty()
-        mask = mask_of_page(picture, page) if masked else None
-        self._mask = None if mask is None else TiffSource(mask)
-        if self._mask is not None and self._mask.size != self.size:
-            sizes = f"{self._mask.size[0]}x{self._mask.size[1]} pixels, and the picture {self.size[0]}x{self.size[1]}"
-            raise PictureError(f"{mask}: is the mask of {picture}, but has {sizes}. Write it anew, or take it away")
-        self.read(0, 0, 1, 1)  # a compression nobody here can decode shows now, not as damage of every segment
+        with ExitStack() as opened:
+            tiff = opened.enter_context(tifffile.TiffFile(picture.path))
+            self.page = page = tiff_page(tiff, picture.path, picture.page, partly=True)
+            header = tiff_header(page, 1)
+            self.size, self.bands, self.place = (header.height, header.width), header.bands, place_of(page)
+            self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, header.height), header.width)
+            self._planes = page.samplesperpixel if page.axes == "SYX" else 1
+            self._across = -(-header.width // self.segment[1])
+            self._down = -(-header.height // self.segment[0])
+            self._seeking, self._file = threading.Lock(), opened.enter_context(picture.path.open("rb"))
+            self._end = tiff.filehandle.size
+            self._tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
+            self._raw = _is_raw(page) and not page.is_tiled
+            if not self._raw:
+                self._refuse_huge_segments()
+            self._refuse_empty()
+            self.decoded = opened.enter_context(closing(Decoded())) if decoded is None else decoded
+            if not self._raw:
+                self.decoded.pages.append(self._cuts())
+            self._mask = self._masked_by(mask_of_page(picture, page) if masked else None, opened)
+            self._mask_lost = masked and self._mask is None and mask_may_be_lost(page)
+            self.read(0, 0, 1, 1)  # a compression nobody here can decode shows now, not as damage of every segment
+            self._opened = opened.pop_all()
+
+    def _cuts(self) -> Cuts:
+        samples = 1 if self._planes > 1 else self.page.samplesperpixel
+        segment = self.segment[0] * self.segment[1] * samples * np.dtype(self.page.dtype).itemsize
+        return Cuts(segment, self._planes * self._down * self._across, self.segment[0], self._planes, not self.page.is_tiled)
+
+    def _masked_by(self, mask: Picture | None, opened: ExitStack) -> "TiffSource | None":
+        if mask is None:
+            return None
+        source = opened.enter_context(closing(TiffSource(mask, decoded=self.decoded)))
+        if source.size != self.size:
+            sizes = f"{source.size[0]}x{source.size[1]} pixels, and the picture {self.size[0]}x{self.size[1]}"
+            raise PictureError(f"{mask}: is the mask of {self.picture}, but has {sizes}. Write it anew, or take it away")
+        return source
 
     def keep(self, rows: int) -> None:
         """Windows of `rows` rows come from left to right: their strips are kept."""
-        if not self.page.is_tiled:
-            row = self.page.imagewidth * self.page.samplesperpixel * np.dtype(self.page.dtype).itemsize
-            self._limit = max(KEPT_BYTES, (rows + 2 * self.segment[0]) * row)
-        if self._mask is not None:
-            self._mask.keep(rows)
+        self.decoded.keep(rows)
+
+    def held(self, rows: int) -> int:
+        """See `Source`."""
+        return self.decoded.held(rows)
 
     def close(self) -> None:
         """Close the file, end the threads."""
-        self._pool.shutdown()
-        self._file.close()
-        self.page.parent.close()
-        if self._mask is not None:
-            self._mask.close()
+        self._opened.close()
 
     def numbers(self, top: int, left: int, height: int, width: int) -> Window:
         """As `read`, but as `decode(..., as_numbers=True)` gives them: of any number type, and no number stands for "no data"."""
@@ -174,7 +257,9 @@ class TiffSource:
             mask = self._mask.numbers(top, left, height, width)  # where it is damaged it has zeros
             known = _both(known, np.any(mask.pixels > 0, axis=0))
             damage |= {where: f"its mask: {why}" for where, why in mask.damage.items() if where not in damage}
-        elif self.place.tags and (alpha := tiff_alpha(self.page)):  # on a map, what is transparent has no data
+        elif self._mask_lost:  # said, and the pixels are as they are: most files have no mask
+            damage.setdefault((0, 0, *self.size), "the file is cut off, and with it perhaps the mask that says where it has no data")
+        if self._mask is None and self.place.tags and (alpha := tiff_alpha(self.page)):  # on a map, what is transparent has no data
             known = _both(known, np.all(stored[alpha] > 0, axis=0))
         known = without_nodata(stored, known, self.place.nodata if self._mask is None else None)
         converted = from_tiff(self.page, stored, as_numbers=False)
@@ -197,7 +282,7 @@ class TiffSource:
         out = np.zeros((self.page.samplesperpixel, height, width), np.uint8 if dtype.kind == "b" else dtype)
         known: np.ndarray | None = None
         damage: dict[Any, str] = {}
-        for (plane, (y, x)), part in zip(product(range(self._planes), places), self._pool.map(self._decoded, numbers), strict=True):
+        for (plane, (y, x)), part in zip(product(range(self._planes), places), self.decoded.pool.map(self._decoded, numbers), strict=True):
             y0, x0 = y * high - top, x * wide - left
             rows = slice(max(y0, 0), min(y0 + high, height))
             columns = slice(max(x0, 0), min(x0 + wide, width))
@@ -213,11 +298,9 @@ class TiffSource:
 
     def _decoded(self, number: int) -> np.ndarray | str:
         """(h, w, samples) of a segment, from the kept ones or the file; or why it cannot be decoded."""
-        with self._lock:
-            if number in self._kept:
-                self._kept.move_to_end(number)
-                return self._kept[number]
-        part: np.ndarray | str
+        part = self.decoded.get(self.picture, number)
+        if part is not None:
+            return part
         try:
             count = self.page.databytecounts[number]
             data = self._bytes(self.page.dataoffsets[number], count) if count else None
@@ -229,12 +312,7 @@ class TiffSource:
             if "imagecodecs" in str(error):
                 raise
             part = " ".join(str(error).split())[:200] or type(error).__name__
-        with self._lock:
-            self._kept[number] = part
-            total = sum(kept.nbytes for kept in self._kept.values() if not isinstance(kept, str))
-            while total > self._limit and len(self._kept) > 1:
-                dropped = self._kept.popitem(last=False)[1]
-                total -= 0 if isinstance(dropped, str) else dropped.nbytes
+        self.decoded.put(self.picture, number, part)
         return part
 
     def _raw_rows(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None, dict[Any, str]]:
@@ -294,22 +372,31 @@ class TiffSource:
 
 
 class BandPages:
-    """An image whose bands are pages of their own, as OME-TIFF has them."""
+    """An image whose bands are pages of their own, as OME-TIFF has them. They share what is kept of them, and the threads.
 
-    def __init__(self, pages: list[TiffSource]) -> None:
-        self._pages = pages
-        self.size, self.place, self.segment = pages[0].size, pages[0].place, pages[0].segment
-        self.bands = sum(page.bands for page in pages)
+    Raises:
+        PictureError: as `TiffSource`.
+    """
+
+    def __init__(self, pages: Sequence[Picture]) -> None:
+        with ExitStack() as opened:
+            self.decoded = opened.enter_context(closing(Decoded()))
+            self._pages = [opened.enter_context(closing(TiffSource(page, decoded=self.decoded))) for page in pages]
+            self.size, self.place, self.segment = self._pages[0].size, self._pages[0].place, self._pages[0].segment
+            self.bands = sum(page.bands for page in self._pages)
+            self._opened = opened.pop_all()
 
     def keep(self, rows: int) -> None:
-        """As every page."""
-        for page in self._pages:
-            page.keep(rows)
+        """Of every page."""
+        self.decoded.keep(rows)
+
+    def held(self, rows: int) -> int:
+        """See `Source`."""
+        return self.decoded.held(rows)
 
     def close(self) -> None:
-        """As every page."""
-        for page in self._pages:
-            page.close()
+        """Close every page, end the threads."""
+        self._opened.close()
 
     def read(self, top: int, left: int, height: int, width: int) -> Window:
         """See `Source`."""

@@ -3,8 +3,9 @@
 `sources.py` finds and opens them; `tiff_windows.py`, `zarr_windows.py` and `geo.py` read their kinds of file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +51,10 @@ class Source(Protocol):
         """Windows of `rows` rows come from left to right, so strips have to be kept for all of them."""
         ...
 
+    def held(self, rows: int) -> int:
+        """Bytes that it holds beside the window in hand, at most, when windows of `rows` rows come from left to right (`keep`)."""
+        ...
+
     def close(self) -> None:
         """Nothing more is read."""
         ...
@@ -73,6 +78,10 @@ class WholeSource:
     def keep(self, rows: int) -> None:
         """All is kept as it is."""
 
+    def held(self, rows: int) -> int:
+        """All of it."""
+        return self.pixels.nbytes
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -94,6 +103,17 @@ def hole_lines(name: object, damage: Mapping[tuple[int, int, int, int], str]) ->
             top, height = joined[-1][0], joined.pop()[2] + height
         joined.append((top, left, height, width, why))
     return [_hole_words(name, *piece) for piece in sorted(joined)]
+
+
+Box = tuple[int, int, int, int]
+
+
+def segments_in(size: tuple[int, int], segment: tuple[int, int], window: Box) -> Iterator[tuple[Box, Box]]:
+    """The segments of a picture that a window touches: (top, left, height, width) of each, and (top, left, bottom, right) in the window."""
+    (rows, columns), (high, wide), (top, left, height, width) = size, segment, window
+    for y, x in product(range(top // high * high, top + height, high), range(left // wide * wide, left + width, wide)):
+        seen = (max(y, top), max(x, left), min(y + high, top + height), min(x + wide, left + width))
+        yield (y, x, min(high, rows - y), min(wide, columns - x)), seen
 
 
 def without_nodata(stored: np.ndarray, known: np.ndarray | None, nodata: float | None) -> np.ndarray | None:

@@ -59,6 +59,63 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for an output that is a folder: a new, empty one, which becomes `path` when the block ends well.
+
+    An older folder is renamed out of the way first and deleted last, so that something whole is always there but between two renames. One
+    that came while the block ran is the work of another process at the same output, and stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = _identity(path)
+    temporary, lock = _temporary_folder(path)
+    old = temporary.with_name(temporary.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # what a process that was killed between two renames has left
+    try:
+        yield temporary
+        while _identity(path) in (before, None):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, old)
+            try:
+                os.rename(temporary, path)
+                break
+            except OSError:
+                if _identity(path) is None:  # else another process was quicker
+                    raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _temporary_folder(path: Path) -> tuple[Path, int | None]:
+    """As `_temporary`; a folder that nobody has locked is what a killed process has left."""
+    own = path.with_name(f".{path.stem[:100]}.part{path.suffix}")
+    lock: int | None = None
+    with contextlib.suppress(AttributeError, OSError):
+        own.mkdir(exist_ok=True)
+        lock = os.open(own, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(own)):
+            for left in own.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            return own, lock
+    if lock is not None:
+        os.close(lock)
+    other = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}.part{path.suffix}")
+    other.mkdir()
+    return other, None
+
+
 def _temporary(path: Path) -> tuple[Path, int | None]:
     """A file name nobody else writes to, and what holds the lock on it.
 

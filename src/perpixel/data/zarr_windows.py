@@ -7,13 +7,13 @@ from importlib import import_module
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from perpixel.data.decoding import PictureError
+from perpixel.data.decoding import PictureError, explained
 from perpixel.data.images import Picture
-from perpixel.data.windows import NO_PLACE, Window, as_window, without_nodata
+from perpixel.data.windows import NO_PLACE, Window, as_window, segments_in, without_nodata
 
 MARKS = ("zarr.json", ".zgroup", ".zarray")
 BANDS_LAST = 4  # an array without names whose last axis is no longer than this holds its bands there
@@ -23,6 +23,7 @@ UNNAMED = {
     4: ["zcyx", "zyxc", "tzyx"],
     5: ["tczyx", "tzcyx", "tzyxc"],
 }  # what axes may be, likely first
+_NO_DAMAGE = (MemoryError, ImportError, PermissionError)  # what is wrong then is here, not in the file, and the same for every chunk
 
 
 def is_zarr(path: Path) -> bool:
@@ -63,6 +64,13 @@ class ZarrSource:
     def keep(self, rows: int) -> None:
         """Chunks are small; each is decoded once for each window that touches it."""
 
+    def held(self, rows: int) -> int:
+        """Chunks (shards) that zarr works on at a time, encoded and decoded, while a window is read; nothing between windows."""
+        piece = self._array.shards or self._array.chunks
+        count = prod(-(-length // side) for length, side in zip(self._array.shape, piece, strict=True))
+        at_once = int(import_module("zarr").config.get("async.concurrency"))
+        return 2 * min(at_once, count) * prod(piece) * int(self._array.dtype.itemsize)
+
     def close(self) -> None:
         """Nothing stays open between reads."""
 
@@ -71,29 +79,39 @@ class ZarrSource:
         known: np.ndarray | None = None
         try:
             pixels = self._pixels(top, left, height, width)
+        except _NO_DAMAGE as error:
+            self._refuse(error)
         except Exception:  # decoders raise a dozen types; which chunk it is shows below
             pixels = np.zeros((self.bands, height, width), np.dtype(self._array.dtype).newbyteorder("="))
             known = np.ones((height, width), bool)
-            high, wide = self.segment
-            corners = product(range(top // high * high, top + height, high), range(left // wide * wide, left + width, wide))
-            for y, x in corners:
-                y0, x0, y1, x1 = max(y, top), max(x, left), min(y + high, top + height), min(x + wide, left + width)
+            for place, (y0, x0, y1, x1) in segments_in(self.size, self.segment, (top, left, height, width)):
                 part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
                 try:
                     pixels[(slice(None), *part)] = self._pixels(y0, x0, y1 - y0, x1 - x0)
+                except _NO_DAMAGE as error:
+                    self._refuse(error)
                 except Exception as error:
                     known[part] = False
-                    why = " ".join(str(error).split())[:200] or type(error).__name__
-                    damage[y, x, min(high, self.size[0] - y), min(wide, self.size[1] - x)] = why
+                    damage[place] = " ".join(str(error).split())[:200] or type(error).__name__
         if pixels.dtype == bool:
             pixels = pixels.astype(np.uint8) * np.uint8(255)
         known = without_nodata(pixels, known, None)
         return as_window(pixels, known, damage)
 
+    def _refuse(self, error: Exception) -> NoReturn:
+        """Say what is wrong here, or pass on that memory ran out: who called may get by with less."""
+        if isinstance(error, ImportError):
+            raise PictureError(
+                f"{self.picture}: a decoder of its chunks is missing ({error}); pip install 'perpixel[zarr]' adds it"
+            ) from error
+        with explained(self.picture.path, self.picture.page):
+            raise error
+
     def _pixels(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """(C, h, w) as stored."""
+        """(C, h, w) as stored, in the byte order of this machine (arrays of zarr 2 keep that of the file)."""
         chosen: dict[str, Any] = {**self._fixed, "y": slice(top, top + height), "x": slice(left, left + width), "c": slice(None)}
         part = np.asarray(self._array[tuple(chosen[axis] for axis in self._axes)])
+        part = part.astype(part.dtype.newbyteorder("="), copy=False)
         kept = [axis for axis in self._axes if axis not in self._fixed]
         if "c" not in kept:
             kept, part = ["c", *kept], part[None]
@@ -120,7 +138,7 @@ def _array(path: Path, bands: int | None) -> tuple[Any, list[str], dict[str, int
         else:
             array = store
         axes = axes or _names(array) or _unnamed(path, array, bands)
-    except PictureError:
+    except (PictureError, MemoryError):
         raise
     except Exception as error:
         why = " ".join(str(error).split())[:200]

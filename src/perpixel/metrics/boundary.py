@@ -197,7 +197,7 @@ def _matching(left, right, starts, distance):  # type: ignore[no-untyped-def]
     pairs = 0
     # Nearest first: few are left over for the search.
     radius = 0.0
-    while radius < 2 * distance + 1:
+    while radius < 2 * distance + 1 and pairs < min(len(left), len(right)):
         near = _half_widths(min(radius, distance))
         for i in range(len(left)):
             if of_left[i] < 0:

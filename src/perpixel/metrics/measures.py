@@ -30,6 +30,7 @@ class Measure:
         bind: tables of one or of two runs with the same truth, and the rule for absent classes -> tables and score of their sums.
         bind_classes: the same for a score of each class (..., K); None: there is none.
         of_images: whether it is a mean over images, not a score of the whole set.
+        of_classes: whether it is a mean over classes of scores of the set, each of which rests on the images that hold the class.
         less: whether less is better.
         unit: "points" (hundredths), "pixels", "nats", or "" for a plain number.
         digits: behind the point, for people.
@@ -42,6 +43,7 @@ class Measure:
     bind_classes: Bind | None = None
     by_class: bool = True
     of_images: bool = False
+    of_classes: bool = False
     less: bool = False
     unit: str = "points"
     digits: int = 2
@@ -49,7 +51,7 @@ class Measure:
     def interval(self, table: np.ndarray, absent: str) -> Interval:
         """Of one run."""
         (bound,), score = self.bind([table], absent)
-        return interval(bound, score, bounds=(0, self.most))
+        return interval(bound, score, held=_held(table, bound) if self.of_classes else None, bounds=(0, self.most))
 
     def text(self, value: float | None, sign: str = "", dash: str = "-") -> str:
         """For people: shares in hundredths, a dash where there is no number."""
@@ -71,21 +73,26 @@ class Measure:
     def difference(self, first: np.ndarray, second: np.ndarray, absent: str) -> Interval:
         """Of the second run less the first, on the same images in the same order."""
         (one, two), score = self.bind([first, second], absent)
-        return difference(one, two, score, bounds=(-self.most, self.most))
+        return difference(one, two, score, held=_held(first, one) if self.of_classes else None, bounds=(-self.most, self.most))
 
     def class_differences(self, first: np.ndarray, second: np.ndarray, absent: str) -> tuple[np.ndarray, np.ndarray, Interval]:
         """(K,) of each run, and the difference of each class; for measures with `bind_classes`."""
         if self.bind_classes is None:
             raise ValueError(f"{self.words} has no score of each class")
-        tables, score = self.bind_classes([first, second], absent)
-        held = tallies.holding(tables[0]) if tables[0].shape[2:] == (3,) else _with_value(tables[0])
-        one, two = tables
-        return score(one.sum(0)), score(two.sum(0)), difference(one, two, score, held=held, bounds=(-self.most, self.most))
+        (one, two), score = self.bind_classes([first, second], absent)
+        found = difference(one, two, score, held=_held(first, one), bounds=(-self.most, self.most))
+        return score(one.sum(0)), score(two.sum(0)), found
 
 
-def _with_value(table: np.ndarray) -> np.ndarray:
-    """(K,): images of a `values_table` (N, K, ..., 2) in which a class has a value."""
-    return np.asarray(table[..., 1].reshape(*table.shape[:2], -1).any(-1).sum(0))
+def _held(table: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """(K,): images that hold a class, from a table and what `bind` made of it.
+
+    Of contours those of the truth: what a run draws where the class is not is no image of it. Of distances (N, K, D, 2) those with a value,
+    which needs every run.
+    """
+    if table.shape[2:] == (3,):
+        return tallies.holding(table)
+    return np.asarray(bound[..., 1].reshape(*bound.shape[:2], -1).any(-1).sum(0))
 
 
 def _of_classes(mean: Callable[..., np.ndarray]) -> Bind:
@@ -168,20 +175,22 @@ def _shares_at(place: int) -> Score:
 
 
 _REGION = (
-    Measure("miou", "mIoU", "region", _of_classes(tallies.miou), _each_class(tallies.iou)),
+    Measure("miou", "mIoU", "region", _of_classes(tallies.miou), _each_class(tallies.iou), of_classes=True),
     Measure("pixel_accuracy", "pixel accuracy", "region", _plainly(tallies.pixel_accuracy)),
-    Measure("mean_accuracy", "mean accuracy", "region", _of_classes(tallies.mean_accuracy), _each_class(tallies.recall)),
+    Measure("mean_accuracy", "mean accuracy", "region", _of_classes(tallies.mean_accuracy), _each_class(tallies.recall), of_classes=True),
     Measure("fwiou", "frequency-weighted IoU", "region", _plainly(tallies.fwiou)),
-    Measure("mean_dice", "mean Dice", "region", _of_classes(tallies.mean_dice)),
+    Measure("mean_dice", "mean Dice", "region", _of_classes(tallies.mean_dice), of_classes=True),
 )
 _BOUNDARY = (
     # Each run's mean is over its own images with a contour, as in its own scores: one that invents contours is not spared.
     Measure("bf", "boundary F (BF)", "contours", _of_images(lambda table: tallies.class_mean(tallies.dice(table), table)),
             _of_images(tallies.dice), of_images=True),
-    Measure("boundary_iou", "Boundary IoU", "bands", _of_classes(tallies.miou), _each_class(tallies.iou)),
-    *(Measure(f"trimap_{width}", f"mIoU within {width} px", f"trimap_{width}", _of_classes(tallies.miou)) for width in TRIMAP_KEPT),
+    Measure("boundary_iou", "Boundary IoU", "bands", _of_classes(tallies.miou), _each_class(tallies.iou), of_classes=True),
+    *(Measure(f"trimap_{width}", f"mIoU within {width} px", f"trimap_{width}", _of_classes(tallies.miou), of_classes=True)
+      for width in TRIMAP_KEPT),
     *(
-        Measure(name, words, "surface", _distance(place, True), _distance(place, False), of_images=True, less=True, unit="pixels")
+        Measure(name, words, "surface", _distance(place, True), _distance(place, False),
+                of_images=True, of_classes=True, less=True, unit="pixels")
         for place, (name, words) in enumerate((("assd", "mean surface distance (ASSD)"), ("hausdorff", "95 % Hausdorff distance")))
     ),
 )  # fmt: skip

@@ -86,10 +86,12 @@ def of_resamples(score: Callable[..., np.ndarray], sums: np.ndarray, whole: np.n
 
 
 def with_stray(table: np.ndarray) -> np.ndarray:
-    """(N, K, 3): a table in which classes that are predicted, and in no truth, are predicted in every image: 0 in every resample."""
+    """(N, K, 3): a table in which classes that are predicted, and in no truth, are predicted in every image with a count: 0 in every
+    resample."""
     whole = table.sum(0)
     stray = (whole[:, 1] == 0) & (whole[:, 2] > 0)
-    return np.where(stray[:, None] & (np.arange(3) == 2), np.maximum(table, 1), table)
+    counts = np.asarray(table.any((1, 2)))[:, None, None]
+    return np.where(counts & stray[:, None] & (np.arange(3) == 2), np.maximum(table, 1), table)
 
 
 def resampled_mean(score: Callable[..., np.ndarray], whole: np.ndarray, absent: str, sums: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ import yaml
 from perpixel import __version__
 from perpixel.bundle import Card
 from perpixel.plan import this_machine
+from perpixel.recipe import Recipe
 
+STATED = {"batch", "crop", "optimizer", "lr", "loss", "seed"}  # of training, in every recipe that a run writes
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -36,13 +38,20 @@ def read_run(folder: Path) -> RunFiles:
     comments = [line for line in text.splitlines() if line.startswith("# ")]
     reasons = [(key, why) for key, colon, why in (line[2:].partition(": ") for line in comments) if colon]
     recipe = "\n".join(line for line in text.splitlines() if not line.startswith("# "))
-    try:
-        parts = yaml.safe_load(recipe)
-    except yaml.YAMLError:
-        parts = None
-    known = isinstance(parts, dict) and all(isinstance(parts.get(name), dict) for name in ("data", "model", "train"))
+    parts = _of_a_run(recipe)
     rows = tuple(_numbers(row) for row in csv.DictReader(_text(folder / "metrics.csv").splitlines()))
-    return RunFiles(recipe, parts, tuple(reasons), rows) if known else RunFiles(rows=rows)
+    return RunFiles(recipe, parts, tuple(reasons), rows) if parts else RunFiles(rows=rows)
+
+
+def _of_a_run(text: str) -> dict[str, Any]:
+    """The sections of a run's recipe; empty where it is not legal, or does not state what is told of a run: defaults need not be what
+    was done."""
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError):
+        return {}
+    stated = {"data", "model"} <= recipe.model_fields_set and recipe.train.model_fields_set >= STATED
+    return recipe.model_dump(mode="json") if stated else {}
 
 
 def _text(path: Path) -> str:
