@@ -205,6 +205,12 @@ def test_a_command_that_cannot_be_understood_ends_with_2(command, arguments):
         (("check", "x", "--label", "255:1"), "--label 255:1: legal is VALUE=CLASS"),
         (("predict", "no.safetensors", "x"), "no.safetensors: no such file"),
         (("evaluate", "no.safetensors", "x"), "no.safetensors: no such file"),
+        (("predict", "a.png", "m.safetensors"), "swapped? The bundle comes first: perpixel predict m.safetensors a.png"),
+        (("predict", "a.png", "b.png", "m.safetensors"), "perpixel predict m.safetensors a.png b.png"),
+        (("evaluate", "images", "m.safetensors"), "perpixel evaluate m.safetensors images"),
+        (("evaluate", "images", "masks", "m.safetensors"), "perpixel evaluate m.safetensors images masks"),
+        (("calibrate", "images", "m.safetensors"), "perpixel calibrate m.safetensors images"),
+        (("tune", "images", "masks", "m.safetensors"), "perpixel tune m.safetensors images masks"),
     ],
 )
 def test_bad_input_is_one_message_on_standard_error_and_exit_code_2(command, tmp_path, monkeypatch, arguments, message):

@@ -1,5 +1,6 @@
 """Scores of a bundle: equal to NumPy's over the labels that `predict` writes, split as said, with damage named and left out."""
 
+import io
 import json
 import math
 import re
@@ -365,3 +366,13 @@ def test_a_set_whose_names_agree_is_scored_as_without_them(of_bundle, of_set, ma
     before = evaluate(bundle, scenes / "images", scenes / "masks").confusion.counts
     (scenes / "classes.txt").write_text(of_set.replace(" ", "\n"))
     assert torch.equal(evaluate(bundle, scenes / "images", scenes / "masks").confusion.counts, before)
+
+
+def test_of_many_images_left_out_some_are_named_and_all_are_counted(bundle, scenes):
+    for number in range(11):
+        (scenes / "images" / f"{number:02d}.png").write_bytes(b"no picture")
+    console = Console(record=True, width=200, file=io.StringIO())
+    render(evaluate(bundle, scenes / "images", scenes / "masks"), console)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("left out")]
+    assert sum("images/" in line for line in lines) == 8
+    assert lines[-1] == "left out and 3 more, 11 in all; --json names them"

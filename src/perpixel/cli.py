@@ -16,6 +16,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
+BUNDLE = ".safetensors"
 FEW_STEPS = 50  # updates; whoever trains for fewer should know what to expect
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it and typer does: 128 + SIGINT
 app = typer.Typer(
@@ -128,6 +129,7 @@ def evaluate(
     from perpixel.report.make import evaluate_and_report
     from perpixel.scores import parse_groups
 
+    _refuse_swapped("evaluate", bundle, images, masks)
     with _live(json, "scoring") as progress:
         result = evaluate_and_report(
             bundle,
@@ -191,6 +193,7 @@ def predict(
     from perpixel.budget import Limits, keep_freed_memory, parse_bytes
     from perpixel.predict import Task, load, predict_files, shard_of
 
+    _refuse_swapped("predict", bundle, *inputs)
     console = Console()
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
     if ram is None:
@@ -226,6 +229,7 @@ def tune(
     from perpixel.tune import render
     from perpixel.tune import tune as run
 
+    _refuse_swapped("tune", bundle, images, masks)
     with _live(json, "tuning") as progress:
         result = run(
             bundle,
@@ -278,6 +282,7 @@ def calibrate(
     from perpixel.calibrate import calibrate as run
     from perpixel.calibrate import render
 
+    _refuse_swapped("calibrate", bundle, images, masks)
     with _live(json, "calibrating") as progress:
         result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
     if json:
@@ -371,6 +376,17 @@ def _labels(options: list[str] | None) -> dict[int, int]:
     from perpixel.data.masks import parse_label
 
     return dict(parse_label(option) for option in options or [])
+
+
+def _refuse_swapped(command: str, bundle: Path, *others: Path | str | None) -> None:
+    """ValueError where the first argument is no bundle and a later one is."""
+    later = [str(other) for other in others if other is not None]
+    found = next((other for other in later if other.endswith(BUNDLE)), None)
+    if found is not None and bundle.suffix != BUNDLE:
+        rest = " ".join([str(bundle), *(other for other in later if other != found)][:3])
+        raise ValueError(
+            f"{bundle} is no bundle and {found} may be one: swapped? The bundle comes first: perpixel {command} {found} {rest}"
+        )
 
 
 def _print_json(content: object) -> None:

@@ -37,7 +37,8 @@ def test_names_on_the_command_line_and_every_mistake_in_them(tmp_path: Path) -> 
     cases = {
         "sky,sky": "'sky' comes twice",
         "sky,": "at least two",
-        "clases.txt": "no file 'clases.txt'",
+        "clases.txt": "'clases.txt' without a comma is taken for a file, and there is no such file",
+        "cat": "at least two names with commas: background,cat",
     }
     for spec, message in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -400,3 +400,11 @@ def test_a_real_set_whose_palettes_differ_from_file_to_file_is_not_trained_on_un
     for picture in find_pictures([shared / "data" / "crf_examples" / "anno*.png"]):
         counter.add(read_mask(picture), picture)
     assert "anno1.png and" in propose_label_map(counter.evidence()).problems[0]
+
+
+def test_fewer_names_than_values_are_told_once(tmp_path):
+    problems = propose(scene(11), names=["a", "b"]).problems
+    told = [problem for problem in problems if "2 names for 11 values (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)" in problem]
+    assert len(told) == 1
+    assert sum("--label" in problem for problem in problems) == 1
+    assert "--label 2=1 or --label 2=ignore" in told[0]

@@ -63,7 +63,8 @@ def read_classes(spec: str | Path) -> ClassList:
     text = str(spec)
     if isinstance(spec, Path) or "," not in text:
         raise ValueError(
-            f"classes: there is no file {text!r}. Give a file with one class per line, or the names with commas: sky,water,reeds."
+            f"classes: {text!r} without a comma is taken for a file, and there is no such file. Give a file with one class per line, or at "
+            f"least two names with commas: background,{text.strip() or 'object'}."
         )
     names = [name.strip() for name in text.split(",") if name.strip()]
     return ClassList(_checked(names, "classes"))
