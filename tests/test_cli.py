@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -179,6 +180,12 @@ def test_demo_goes_the_whole_way(command, tmp_path, monkeypatch):
         assert (tmp_path / "demo" / path).is_file()
     for path in ("samples", "run/best.safetensors", "run/recipe.yaml", "run/metrics.csv", "labels", "labels/overlays"):
         assert f" {tmp_path}/demo/{path}\n" in said.out
+
+
+def test_the_version_is_that_of_the_package(command):
+    said = command("--version")
+    assert (said.code, said.out) == (0, f"perpixel {metadata.version('perpixel')}\n")
+    assert "Semantic segmentation: every pixel" in command("--help").out
 
 
 @pytest.mark.parametrize("name", ["check", "train", "evaluate", "predict", "models", "demo"])

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from perpixel import __version__
+
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
@@ -40,6 +42,19 @@ Views = Annotated[
     str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"perpixel {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_say_version)] = False,
+) -> None:
+    pass
 
 
 @app.command()
