@@ -299,6 +299,7 @@ def test_palettes_that_disagree_are_a_problem_in_any_order_of_files(tmp_path):
         found.append(propose_label_map(counter.evidence()))
     assert found[0] == found[1]
     assert "a.png and" in found[0].problems[0]
+    assert "give the value 1 different colours" in found[0].problems[0]
     assert "--label 1=1 --label 2=2" in found[0].problems[0]
     assert propose_label_map(counter.evidence(), overrides={1: 1, 2: 2}).problems == ()
 
