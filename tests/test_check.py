@@ -390,3 +390,20 @@ def test_camvid_value_11_is_ignored_because_there_are_11_names() -> None:
     assert report.label_map.values[11] == IGNORE
     assert report.classes[0] == "sky"
     assert sum(map(sum, report.pixels.values())) == round(101 * 360 * 480 * (1 - report.ignore_share))
+
+
+def test_swapped_folders_are_recognised(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1, 1, 2, size=(300, 400))] * 4)
+    report = check(root / "masks", root / "images")
+    assert report.problems[0].endswith(f"swapped? Try {root}/images {root}/masks")
+    assert not any("swapped" in problem for problem in check(root / "images", root / "masks").problems)
+
+
+def test_more_values_than_classes_can_be_are_told_with_the_file_and_the_table_is_cut_short(tmp_path: Path) -> None:
+    """Two images of noise have more than 65,535 colours; each is one class too many."""
+    root = make(tmp_path, [blocks(0, 1, 1, 2, size=(300, 400))] * 4)
+    report = check(root / "masks", root / "images")
+    assert any(problem.startswith(f"{root}/images/") and "a mask has at most 65535 classes" in problem for problem in report.problems)
+    text = printed(report)
+    assert f"and {len(report.classes) - 30} more; --json names them all" in text
+    assert len(text.splitlines()) < 60

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -181,6 +182,12 @@ def test_demo_goes_the_whole_way(command, tmp_path, monkeypatch):
         assert f" {tmp_path}/demo/{path}\n" in said.out
 
 
+def test_the_version_is_that_of_the_package(command):
+    said = command("--version")
+    assert (said.code, said.out) == (0, f"perpixel {metadata.version('perpixel')}\n")
+    assert "Semantic segmentation: every pixel" in command("--help").out
+
+
 @pytest.mark.parametrize("name", ["check", "train", "evaluate", "predict", "models", "demo"])
 def test_every_command_explains_itself(command, name):
     said = command(name, "--help")
@@ -205,6 +212,12 @@ def test_a_command_that_cannot_be_understood_ends_with_2(command, arguments):
         (("check", "x", "--label", "255:1"), "--label 255:1: legal is VALUE=CLASS"),
         (("predict", "no.safetensors", "x"), "no.safetensors: no such file"),
         (("evaluate", "no.safetensors", "x"), "no.safetensors: no such file"),
+        (("predict", "a.png", "m.safetensors"), "swapped? The bundle comes first: perpixel predict m.safetensors a.png"),
+        (("predict", "a.png", "b.png", "m.safetensors"), "perpixel predict m.safetensors a.png b.png"),
+        (("evaluate", "images", "m.safetensors"), "perpixel evaluate m.safetensors images"),
+        (("evaluate", "images", "masks", "m.safetensors"), "perpixel evaluate m.safetensors images masks"),
+        (("calibrate", "images", "m.safetensors"), "perpixel calibrate m.safetensors images"),
+        (("tune", "images", "masks", "m.safetensors"), "perpixel tune m.safetensors images masks"),
     ],
 )
 def test_bad_input_is_one_message_on_standard_error_and_exit_code_2(command, tmp_path, monkeypatch, arguments, message):

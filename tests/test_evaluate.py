@@ -1,9 +1,12 @@
 """Scores of a bundle: equal to NumPy's over the labels that `predict` writes, split as said, with damage named and left out."""
 
+import io
 import json
 import math
+import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from perpixel.bundle import load_bundle
-from perpixel.data.masks import read_mask
+from perpixel.data.masks import parse_label, read_mask
 from perpixel.evaluate import Evaluation, evaluate, render
 from perpixel.metrics.intervals import interval
 from perpixel.metrics.region import Region
@@ -327,3 +330,71 @@ def test_masks_that_show_one_class_only_are_called_doubtful(bundle, scenes):
     console = Console(record=True, width=200)
     render(result, console)
     assert "nothing but 'class 0'" in console.export_text()
+
+
+def named(make_bundle, *names):
+    """A bundle with these class names."""
+    found = load_bundle(make_bundle(classes=len(names)))
+    return replace(found, card=found.card.model_copy(update={"classes": list(names)}))
+
+
+def test_a_set_whose_classes_are_in_another_order_is_refused_with_the_options_that_score_it_by_name(make_bundle, scenes):
+    """The options of the message give what the masks give once their values are exchanged by hand."""
+    bundle = named(make_bundle, "sky", "sea", "reeds")
+    (scenes / "classes.txt").write_text("sea\nSky\nreeds\n")
+    with pytest.raises(ValueError, match="in another order") as caught:
+        evaluate(bundle, scenes / "images", scenes / "masks")
+    assert "'sea' is class 0 of the set, and 'sky' that of the bundle" in str(caught.value)
+    options = re.findall(r"--label (\S+=\w+)", str(caught.value))
+    assert options == ["0=1", "1=0"]
+    by_name = evaluate(bundle, scenes / "images", scenes / "masks", labels=dict(map(parse_label, options)))
+    (scenes / "classes.txt").unlink()
+    for path in (scenes / "masks").iterdir():
+        values = np.asarray(Image.open(path))
+        Image.fromarray(np.array([1, 0, *range(2, 256)], np.uint8)[values]).save(path)
+    by_hand = evaluate(bundle, scenes / "images", scenes / "masks")
+    assert torch.equal(by_name.confusion.counts, by_hand.confusion.counts)
+
+
+@pytest.mark.parametrize(
+    ("of_bundle", "of_set", "told"),
+    [
+        ("sky sea reeds", "bird sea sky", "--label 0=ignore --label 2=0"),
+        (
+            "sky sea reeds",
+            "sky sea reeds bird",
+            "'bird' is class 3 of the set, and none of the bundle's. To score by name: --label 3=ignore",
+        ),
+        ("sky sea reeds", "2:sky 0:sea 1:reeds", "--label 0=1 --label 1=2 --label 2=0"),
+    ],
+)
+def test_a_set_with_other_classes_is_refused(of_bundle, of_set, told, make_bundle, scenes):
+    (scenes / "classes.txt").write_text(of_set.replace(" ", "\n"))
+    with pytest.raises(ValueError, match=re.escape(told)):
+        evaluate(named(make_bundle, *of_bundle.split()), scenes / "images", scenes / "masks")
+
+
+@pytest.mark.parametrize(
+    ("of_bundle", "of_set"),
+    [
+        ("sky sea reeds", "sky sea reeds"),
+        ("sky sea_side reeds", "Sky Sea-Side reeds"),
+        ("sky sea reeds", "sky sea"),  # what it has not it cannot confuse
+        ("class_0 class_1 class_2", "sky sea reeds"),  # nobody named them in training
+    ],
+)
+def test_a_set_whose_names_agree_is_scored_as_without_them(of_bundle, of_set, make_bundle, scenes):
+    bundle = named(make_bundle, *of_bundle.split())
+    before = evaluate(bundle, scenes / "images", scenes / "masks").confusion.counts
+    (scenes / "classes.txt").write_text(of_set.replace(" ", "\n"))
+    assert torch.equal(evaluate(bundle, scenes / "images", scenes / "masks").confusion.counts, before)
+
+
+def test_of_many_images_left_out_some_are_named_and_all_are_counted(bundle, scenes):
+    for number in range(11):
+        (scenes / "images" / f"{number:02d}.png").write_bytes(b"no picture")
+    console = Console(record=True, width=200, file=io.StringIO())
+    render(evaluate(bundle, scenes / "images", scenes / "masks"), console)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("left out")]
+    assert sum("images/" in line for line in lines) == 8
+    assert lines[-1] == "left out and 3 more, 11 in all; --json names them"

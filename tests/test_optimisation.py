@@ -2,12 +2,13 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from perpixel.models import build
-from perpixel.optimisation import Average, Clock, learning_rate, make_optimizer
+from perpixel.optimisation import Average, Clock, learning_rate, make_optimizer, validation_seconds
 from perpixel.recipe import TrainSection
 
 
@@ -81,3 +82,45 @@ def test_progress_by_minutes_counts_time_before_an_interruption_and_never_falls(
 def test_progress_ends_at_one():
     clock = Clock(TrainSection(minutes=1), time.monotonic(), before=math.inf)
     assert clock.progress(0) == 1.0
+
+
+@pytest.mark.parametrize("validation", [0.2, 1.0, 5.0, 20.0, 150.0])
+@pytest.mark.parametrize("guess", [0.5, 1.0, 2.0])
+def test_validations_take_a_quarter_of_the_minutes_at_most_and_leave_time_for_the_end(validation, guess, monkeypatch):
+    """A run of 3 minutes whose steps take 1 s and whose validations take `validation`, foreseen as `guess` times that, as `fit` does it."""
+    world = SimpleNamespace(now=1000.0)
+    world.monotonic = lambda: world.now
+    monkeypatch.setattr("perpixel.optimisation.time", world)
+    clock, step, rounds, scoring = Clock(TrainSection(minutes=3, validations=10), started=1000.0, before=0.0), 0, 0, 0.0
+    while clock.progress(step) < 1:
+        world.now, step = world.now + 1, step + 1
+        clock.expect(guess * validation)
+        if (due := clock.due(clock.progress(step), rounds)) > rounds:
+            rounds, scoring, world.now = due, scoring + validation, world.now + validation
+            clock.validated(validation)
+    trained = world.now - 1000
+    assert scoring <= (trained + validation) / 4  # three times as long before each
+    assert trained - scoring >= 50  # however large the validation part is
+    if validation <= 20:
+        assert trained + 3 * validation <= 180 + 1 + validation * (guess < 1)  # the last step may end late
+        assert validation > 5 or scoring > 0
+
+
+def test_by_steps_validations_are_due_by_the_step_alone(monkeypatch):
+    """However long they take: a resumed run has them where the uninterrupted one has."""
+    clock = Clock(TrainSection(steps=20, validations=4), started=time.monotonic(), before=0.0)
+    rounds, at = 0, []
+    for step in range(1, 21):
+        clock.expect(1e6)
+        if (due := clock.due(clock.progress(step), rounds)) > rounds:
+            rounds = due
+            at.append(step)
+            clock.validated(1e6)
+    assert at == [5, 10, 15]
+
+
+def test_a_validation_is_expected_to_take_the_forward_share_of_a_step_by_pixels():
+    section = TrainSection(batch=4, crop=(64, 32), steps=1)
+    assert validation_seconds(6.0, section, pixels=3 * 4 * 64 * 32, images=40) == pytest.approx(3 * 2.0)
+    section = TrainSection(batch=4, crop=(64, 32), steps=1, batch_norm_pass=True)
+    assert validation_seconds(6.0, section, pixels=3 * 4 * 64 * 32, images=40) == pytest.approx((3 + 10) * 2.0)

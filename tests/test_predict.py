@@ -1,5 +1,7 @@
 """From image files to label files: sizes, palette, places, and what happens to a picture that cannot be read."""
 
+import warnings
+
 import numpy as np
 import pytest
 import tifffile
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 
 import perpixel
+from perpixel.bundle import load_bundle
 from perpixel.predict import Task, load, predict_files
 
 SIDES = (1, 2, 7, 33, 130)
@@ -298,3 +301,48 @@ def test_samples_on_the_command_line(command, bayesian, tmp_path, out):
     assert command("predict", bayesian, path, "-o", out, "--samples", "2").code == 0
     assert (out / "uncertainty" / "a.npy").is_file()
     assert command("predict", bayesian, path, "-o", out, "--samples", "0").code == 2
+
+
+# ---- values that the model was not trained on
+
+
+def faint_warnings(bundle, folder, out):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        predict_files(load(bundle, device="cpu"), [folder], out)
+    return [str(warning.message) for warning in caught if "16-bit" in str(warning.message)]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_12_bit_images_in_16_bit_files_are_warned_of_once_and_not_once_they_are_rescaled(make_bundle, tmp_path, out, dtype):
+    bundle, pixels = make_bundle(bands=1, dtype=dtype), noise(40, 50, dtype=np.uint16) // 16
+    pixels[0, 0] = 4095
+    for name in ("a", "b"):
+        save(tmp_path / "cells" / f"{name}.png", pixels)
+    told = faint_warnings(bundle, tmp_path / "cells", out)
+    assert len(told) == 1
+    assert "a.png: a 16-bit image whose largest value is about 4" in told[0]
+    assert "multiply their values by 16" in told[0]
+    for name in ("a", "b"):
+        save(tmp_path / "cells" / f"{name}.png", pixels * 16)
+    assert not faint_warnings(bundle, tmp_path / "cells", out)
+
+
+def test_dark_images_are_not_warned_of_where_they_have_8_bits_or_the_model_was_trained_on_such_ones(make_bundle, tmp_path, out):
+    save(tmp_path / "dark" / "a.png", noise(40, 50) // 16)
+    assert not faint_warnings(make_bundle(bands=1), tmp_path / "dark", out)
+    save(tmp_path / "dark" / "a.png", noise(40, 50, dtype=np.uint16) // 16)
+    loaded = load(make_bundle(bands=1, dtype="uint16"), device="cpu")
+    loaded.bundle.card.mean, loaded.bundle.card.std = [0.03], [0.02]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict_files(loaded, [tmp_path / "dark"], out)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.853553, 0.99])
+def test_what_a_model_surely_saw_is_never_more_than_what_it_saw(make_bundle, share):
+    """Data of 0 and m alone, the worst case: the bound is met at (2 + sqrt 2) / 4, and never passed."""
+    bundle, data = load_bundle(make_bundle(bands=1)), 0.25 * (np.arange(10**6) < share * 10**6)
+    bundle.card.mean, bundle.card.std = [float(data.mean())], [float(data.std())]
+    assert not bundle.saw_above(0.25001)
+    assert bundle.saw_above(0.2499) == (share == 0.853553)

@@ -169,7 +169,11 @@ def test_blocks_that_are_there_are_not_made_again(bundle, image, tmp_path, monke
         predict_files(segmenter, [image], tmp_path / "out", Task(format="tif"))
     first, made[:] = list(made), []
     monkeypatch.setattr(Streamer, "scores", lambda self, region: made.append(region.block) or scores(self, region))
-    predict_files(segmenter, [image], tmp_path / "out", Task(format="tif"))
+    monkeypatch.setattr(budget, "_timed", lambda *_: 3600.0)
+    hours, told = segmenter.plan(open_source(Picture(image)), Limits()).windows * (20 - len(first)) / 20, []
+    predict_files(segmenter, [image], tmp_path / "out", Task(format="tif"), tell=told.append)
+    assert told[0] == f"{image}: {len(first)} of 20 blocks are there, going on"
+    assert f"the network alone about {hours:.1f} hours" in told[1]
     assert len(made) == 20 - len(first)
     assert not set(made) & set(first)
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "a.tif"), whole(bundle, image)[0])

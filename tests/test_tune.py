@@ -190,6 +190,12 @@ def test_masks_of_another_set_are_refused_before_any_refiner_is_tried(scenes, ma
         tune(make_bundle(), scenes / "images", scenes / "masks", minutes=0.02, split="train")
 
 
+def test_a_set_with_other_classes_is_refused(make_bundle, scenes):
+    (scenes / "classes.txt").write_text("sky\nsea\nreeds\nbird\n")
+    with pytest.raises(ValueError, match="'bird' is class 3 of the set, and none of the bundle's"):
+        tune(make_bundle(), scenes / "images", scenes / "masks", minutes=0.02, split="train")
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(65535, 1285.0), (1.0, 5 / 255)])
 def test_bandwidths_of_colours_are_searched_on_the_image_s_own_scale(scale, expected):
     kernel = defaults("dense_crf", scale / 255).options["kernels"][0]

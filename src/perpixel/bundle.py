@@ -5,6 +5,7 @@ Nothing is unpickled, ever. The metadata is one JSON text under the key `perpixe
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,6 +106,15 @@ class Bundle:
     @property
     def label_map(self) -> LabelMap:
         return LabelMap.from_dict(self.card.label_map)
+
+    def saw_above(self, share: float) -> bool:
+        """Whether the training images surely held values above `share` of their range.
+
+        Of values in 0..m, mean + deviation is (1 + sqrt 2) / 2 * m at most: where (2 + sqrt 2) / 4 of them are m and all others 0. A
+        deviation above half of the range stands for none (a band that never changed).
+        """
+        most = share * (1 + math.sqrt(2)) / 2
+        return any(mean + (std if std <= 0.5 else 0) > most for mean, std in zip(self.card.mean, self.card.std, strict=True))
 
     def relabelled(self, labels: Mapping[int, int]) -> LabelMap:
         """The bundle's own label map, with `labels` (mask value -> class index, or 255 to ignore) over it; ValueError for another class."""

@@ -14,13 +14,14 @@ from perpixel.data.class_names import ClassList, read_classes
 from perpixel.data.duplicates import find_duplicates
 from perpixel.data.images import FULL_SCALE, Picture, default_colors
 from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, split_pairs
-from perpixel.data.masks import LabelMap
+from perpixel.data.masks import LabelMap, read_mask
 from perpixel.data.proposals import Proposal, propose_label_map
 from perpixel.data.survey import Fault, Reading, common_form, pooled_moments, survey
 
 __all__ = ["Check", "Progress", "check", "render"]
 Progress = Callable[[int, int, str], None]  # files done, files in all, name of the file just read
 FORMAT = 1  # of the JSON; a key that goes or changes its meaning makes it 2
+MASK_VALUES = 64  # a photograph has more of them, and of a mask one would hardly see them
 MISMATCH_LIMIT = 0.1  # of the pairs; more sizes that differ are no accident but the wrong masks
 
 
@@ -166,6 +167,8 @@ def check(
         report.problems += _without_labels(report)
         _describe_images(report, readings)
         _compare_parts(report, readings)
+    if report.problems and masks is not None and readings and all(_swapped(reading) for reading in readings[:3]):
+        report.problems.insert(0, f"the images look like masks and the masks like photographs: swapped? Try {masks} {images}")
     _warn(report)
     return report
 
@@ -179,6 +182,16 @@ def _stated(label_map: LabelMap, names: Sequence[str], readings: Sequence[Readin
         except ValueError as error:
             problems.append(str(error))
     return Proposal(label_map, "values as stated before", (), tuple(problems[:1]), tuple(names), ())
+
+
+def _swapped(reading: Reading) -> bool:
+    """Whether the image has few values, as masks have, and its mask many, as photographs have."""
+    if len(reading.values) <= MASK_VALUES:
+        return False
+    try:
+        return len(np.unique(read_mask(reading.pair.image))) <= MASK_VALUES
+    except ValueError:  # of a kind that no mask is
+        return False
 
 
 # ---- what can be used

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BAR = 24  # characters of the longest frequency bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
+ROWS = 30  # of the table of classes
 SHOWN = 8  # files named of each kind of damage
 
 
@@ -82,12 +83,14 @@ def _class_table(report: "Check") -> Table:
         table.add_column(f"in {split}", justify="right")
     total = [sum(counts) for counts in zip(*report.pixels.values(), strict=True)]
     everything, largest = max(1, sum(total)), max(1, *total)
-    for index, name in enumerate(report.classes):
+    for index, name in enumerate(report.classes[:ROWS]):
         color = "#{:02x}{:02x}{:02x}".format(*report.colors[index])
         images = [_of(counts[index], len(report.split(split))) for split, counts in report.images_with.items()]
         table.add_row(
             str(index), Text.assemble(("■ ", color), name), _percent(total[index] / everything), bar(total[index] / largest), *images
         )
+    if len(report.classes) > ROWS:
+        table.add_row("", f"and {len(report.classes) - ROWS} more; --json names them all")
     return table
 
 

@@ -13,9 +13,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from perpixel import __version__
+
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
+BUNDLE = ".safetensors"
 FEW_STEPS = 50  # updates; whoever trains for fewer should know what to expect
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it and typer does: 128 + SIGINT
 app = typer.Typer(
@@ -39,6 +42,19 @@ Views = Annotated[
     str, typer.Option(help="Mean of the scores of several views: flips,rotations,scales or some of them.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"perpixel {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_say_version)] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -128,6 +144,7 @@ def evaluate(
     from perpixel.report.make import evaluate_and_report
     from perpixel.scores import parse_groups
 
+    _refuse_swapped("evaluate", bundle, images, masks)
     with _live(json, "scoring") as progress:
         result = evaluate_and_report(
             bundle,
@@ -191,6 +208,7 @@ def predict(
     from perpixel.budget import Limits, keep_freed_memory, parse_bytes
     from perpixel.predict import Task, load, predict_files, shard_of
 
+    _refuse_swapped("predict", bundle, *inputs)
     console = Console()
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
     if ram is None:
@@ -226,6 +244,7 @@ def tune(
     from perpixel.tune import render
     from perpixel.tune import tune as run
 
+    _refuse_swapped("tune", bundle, images, masks)
     with _live(json, "tuning") as progress:
         result = run(
             bundle,
@@ -278,6 +297,7 @@ def calibrate(
     from perpixel.calibrate import calibrate as run
     from perpixel.calibrate import render
 
+    _refuse_swapped("calibrate", bundle, images, masks)
     with _live(json, "calibrating") as progress:
         result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
     if json:
@@ -371,6 +391,17 @@ def _labels(options: list[str] | None) -> dict[int, int]:
     from perpixel.data.masks import parse_label
 
     return dict(parse_label(option) for option in options or [])
+
+
+def _refuse_swapped(command: str, bundle: Path, *others: Path | str | None) -> None:
+    """ValueError where the first argument is no bundle and a later one is."""
+    later = [str(other) for other in others if other is not None]
+    found = next((other for other in later if other.endswith(BUNDLE)), None)
+    if found is not None and bundle.suffix != BUNDLE:
+        rest = " ".join([str(bundle), *(other for other in later if other != found)][:3])
+        raise ValueError(
+            f"{bundle} is no bundle and {found} may be one: swapped? The bundle comes first: perpixel {command} {found} {rest}"
+        )
 
 
 def _print_json(content: object) -> None:

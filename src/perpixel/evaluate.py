@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perpixel.blockwise import BlockScorer, Counted, scored
 from perpixel.bundle import Bundle, load_bundle
+from perpixel.data.class_names import refuse_other_names
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.images import Picture
 from perpixel.data.layouts import Pair, find_layout
@@ -272,7 +273,8 @@ def evaluate(
         observers: each is called once with every image that was scored as a whole (`Scored`), in order.
 
     Raises:
-        ValueError: an unknown score, rule or class, nothing to score, or no file could be read.
+        ValueError: an unknown score, rule or class, class names of the set that are not the bundle's, nothing to score, or no file could
+            be read.
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(Path(bundle), device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -281,6 +283,8 @@ def evaluate(
     card = bundle.card
     gathered = Scores(scores, card.classes, bundle.temperature(refine), inside)
     layout = find_layout(images, masks)
+    if layout.classes_file is not None:
+        refuse_other_names(layout.classes_file, card.classes, bundle.label_map, labels or {})
     pairs = layout.labelled(split, card.val_fraction, card.split_seed)
     scorer = BlockScorer(Segmenter(bundle, refine, precision, augment), bundle.relabelled(labels or {}), gathered)
     result = _scored_by(scorer, pairs, [gathered, *observers], progress or (lambda *_: None))

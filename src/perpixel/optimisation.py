@@ -10,9 +10,26 @@ import torch
 from perpixel.models.model import SegmentationModel
 from perpixel.recipe import TrainSection
 
+PAUSE = 3.0  # times its own length between a validation and the next: they take a quarter of the time at most
+ENDING = 3.0  # times a validation: the last one, all scores of the best weights, and the report
+MOST_RESERVED = 0.5  # of the minutes: a run whose validation part is too large for them trains at least so long
+FORWARD_SHARE = 1 / 3  # of a step; back-propagation takes twice the forward pass, once for the maps and once for the weights
+
+
+def validation_seconds(step: float, section: TrainSection, pixels: float, images: int) -> float:
+    """What a validation may take, before the first one shows it: the forward share of a step, by pixels.
+
+    Args:
+        step: seconds of one update.
+        pixels: of the validation part.
+        images: of the training part, through which a pass for batch norm goes first.
+    """
+    batches = pixels / (section.batch * math.prod(section.crop))
+    return FORWARD_SHARE * step * (batches + (images / section.batch if section.batch_norm_pass else 0))
+
 
 class Clock:
-    """How far the run is, by steps or by minutes.
+    """How far the run is, by steps or by minutes, and whether there is time for a validation.
 
     Args:
         started: `time.monotonic()` at the call of the command, so that reading the data counts too.
@@ -21,7 +38,10 @@ class Clock:
 
     def __init__(self, section: TrainSection, started: float, before: float) -> None:
         self.section, self.started, self.before = section, started, before
-        self.reserve = 0.0  # seconds kept for the last validation and the final scores, known after the first
+        self.reserve = 0.0  # seconds kept for the last validation, the final scores and the report
+        self.validation = 0.0  # seconds that one takes: expected, then measured
+        self.measured = False
+        self.rested = time.monotonic()  # since then no validation
         self.reached = 0.0
         self.first: tuple[int, float] | None = None
 
@@ -37,6 +57,40 @@ class Clock:
         budget = max(1e-9, 60 * (self.section.minutes or 0) - self.reserve)
         self.reached = max(self.reached, min(1.0, self.elapsed / budget))
         return self.reached
+
+    def expect(self, seconds: float) -> None:
+        """Notes what a validation may take; where one was measured already, that holds."""
+        if not self.measured:
+            self._plan_end(seconds)
+
+    def validated(self, seconds: float) -> None:
+        """Notes what a validation took that ended now."""
+        self.measured, self.rested = True, time.monotonic()
+        self._plan_end(seconds)
+
+    def _plan_end(self, validation: float) -> None:
+        self.validation = validation
+        self.reserve = min(ENDING * validation, MOST_RESERVED * 60 * (self.section.minutes or math.inf))
+
+    @property
+    def overrun(self) -> float:
+        """Seconds that the end of the run may take beyond the minutes that were given."""
+        return 0.0 if self.section.minutes is None else ENDING * self.validation - self.reserve
+
+    def due(self, progress: float, rounds: int) -> int:
+        """Validations due so far, after `rounds` ones; more than `rounds` where one should be made now.
+
+        By steps a pure function of `progress`, so that a resumed run validates where an uninterrupted one does. By minutes one that would
+        come too soon after the last waits, and the next takes its place.
+        """
+        due = math.floor(progress * self.section.validations)
+        if due <= rounds or progress >= 1:
+            return rounds
+        if self.section.minutes is None:
+            return due
+        rested = time.monotonic() - self.rested >= PAUSE * self.validation
+        fits = self.elapsed + self.validation <= 60 * self.section.minutes - self.reserve
+        return due if rested and fits else rounds
 
     def left(self, step: int) -> float:
         """Seconds until the end, as far as one can tell."""

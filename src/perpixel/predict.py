@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
@@ -20,7 +21,7 @@ from perpixel.budget import WHOLE, Limits, Plan, one_block
 from perpixel.data.decoding import read_header
 from perpixel.data.display import overlay
 from perpixel.data.geo import GEO_SUFFIXES, files_of
-from perpixel.data.images import Picture, pixel_limit
+from perpixel.data.images import FULL_SCALE, Picture, pixel_limit
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import find_sources, open_source
@@ -33,6 +34,7 @@ from perpixel.tiling import Tiler, at_once
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[float, int, str], None]  # (pictures done, with the share of blocks of the one in hand; of how many; what)
+FAINT = 4096 / 65536  # of the range of 16 bits: what 12-bit cameras use of it
 ORDINARY = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}  # decoded whole, never georeferenced
 
 
@@ -157,6 +159,7 @@ class _Run:
         settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
         settings.append(__version__)
         self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
+        self.warned_of_faint = False
         self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
 
     def key(self, picture: Picture) -> str:
@@ -223,13 +226,18 @@ class _Run:
         mosaic = Mosaic(parts, planned.grid, self.layers)
         mine = [block for n, block in enumerate(mosaic.grid.blocks) if (n + number) % task.shard[1] == task.shard[0]]
         due = [block for block in mine if not mosaic.has(block)]
+        self._tell_plan(picture, planned, len(due), len(mine))
         if due:
             noted = at_once if alone else noted_in(mosaic.folder, lambda what: self._tell_first_pass(number, picture, what))
             streamer = self.segmenter.streamer(
                 source, str(picture), planned.grid, planned.tiler, task.samples is None, noted, task.shard[0] / task.shard[1]
             )
+            brightest = 0.0
             with ahead(map(streamer.region, due), WAITING) as regions:
                 for done, region in enumerate(regions, 1):  # 1 read
+                    brightest = max(brightest, float(region.pixels.max(initial=0)))
+                    if done == len(mosaic.grid.blocks):  # of an image that was seen in part, the rest may be bright
+                        self._warn_of_faint(picture, source, brightest)
                     if task.strict and region.damage:
                         raise ValueError(hole_lines(picture, region.damage)[0])
                     arrays = self._maps(streamer, region)  # 2 normalise, 3 tile, 4 model, 5 stitch, 6 refine, 7 argmax
@@ -246,6 +254,31 @@ class _Run:
 
     def _tell_first_pass(self, number: int, picture: Picture, what: str) -> None:
         self.progress(number, len(self.pictures), f"{picture.name}, first pass over the image, {what.replace('-', ' ')}")
+
+    def _tell_plan(self, picture: Picture, planned: Plan, due: int, mine: int) -> None:
+        """The plan of a picture of several blocks, with the time of those that are not there yet."""
+        if due and len(planned.grid.blocks) > 1:
+            if due < mine:
+                self.tell(f"{picture}: {mine - due} of {mine} blocks are there, going on")
+            self.tell(str(replace(planned, seconds=planned.seconds * due / mine, shares=self.task.shard[1])))
+
+    def _warn_of_faint(self, picture: Picture, source: Source, brightest: float) -> None:
+        """Says once where 16-bit pictures are far darker than what the model was trained on, as 12-bit data in 16-bit files are.
+
+        `brightest` is the largest value, in the number type of the model's data, to which pictures were rounded.
+        """
+        bundle = self.segmenter.bundle
+        full = FULL_SCALE[bundle.card.dtype]
+        if self.warned_of_faint or not 0 < brightest <= FAINT * full + 0.5 or not bundle.saw_above(FAINT):
+            return
+        if source.read(0, 0, 1, 1).pixels.dtype == np.uint16:
+            self.warned_of_faint = True
+            warnings.warn(
+                f"{picture}: a 16-bit image whose largest value is about {round(65535 * brightest / full)}, a sixteenth of what 16 bits "
+                "hold; the model was trained on fuller data. If these are 12-bit images, multiply their values by 16, or the labels mean "
+                "little.",
+                stacklevel=2,
+            )
 
     def _maps(self, streamer: Streamer, region: Region) -> dict[str, np.ndarray]:
         task, classes = self.task, len(self.segmenter.classes)
@@ -289,11 +322,7 @@ class _Run:
         if self.task.limits != Limits() and self.task.shard[1] == 1 and any(own[key] < said[key] for key in own):
             shutil.rmtree(parts)
             said = agreed(parts, own)
-        grid = Grid(source.size, (said["height"], said["width"]))
-        found = planned if said == own else self._plan(source, (said["tile"], grid))
-        if len(found.grid.blocks) > 1:
-            self.tell(str(replace(found, shares=self.task.shard[1])))
-        return found
+        return planned if said == own else self._plan(source, (said["tile"], Grid(source.size, (said["height"], said["width"]))))
 
     def _targets(self, picture: Picture, source: Source) -> dict[str, Path]:
         kind = format_of(self.task.format, picture.path, source.size, source.place)

@@ -35,6 +35,10 @@ class TrainingLog:
         self.asked = self.came = 0.0  # when the batch at hand was asked for, and when it came
         self.busy = 0.0  # seconds spent on the steps of this row
         self.waited = self.stepping = 0.0  # seconds waited for the batches of all steps; seconds of these steps, waiting included
+        self.fastest = math.inf  # seconds of the fastest step, waiting left out
+        self.scoring, self.rounds = 0.0, 0  # seconds of validations while training, and their number
+        self.end_began, self.end, self.total = math.nan, 0.0, 0.0  # when the end began; seconds of it; of all
+        self.foreseen = False
         self.costs, self.miou = list[float](), math.nan
         self.first_step = self.last_step = first_step
         self.latest = dict.fromkeys(("seconds", "images_per_second", "lr", "cost"), math.nan)
@@ -52,6 +56,8 @@ class TrainingLog:
         if self.last_step > self.first_step:
             share = 100 * self.waited / max(1e-9, self.stepping)
             self.console.print(f"[dim]{self.last_step - self.first_step} steps; {share:.1f} % of their time waiting for data[/]")
+        if self.total:
+            self.console.print(f"[dim]{self._spent()}[/]", soft_wrap=True)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, with the time that each is waited for noted: read and augmented in this process, or by workers that are late."""
@@ -66,6 +72,7 @@ class TrainingLog:
         """Notes one finished update, `seconds` after the start of the run."""
         self.costs.append(cost)
         self.busy += (spent := time.monotonic() - self.asked)
+        self.fastest = min(self.fastest, spent - (self.came - self.asked))
         self.waited, self.stepping = self.waited + self.came - self.asked, self.stepping + spent
         speed = len(self.costs) * self.section.batch / max(1e-9, self.busy)
         of = f" of {self.section.steps}" if self.section.steps else ""
@@ -91,6 +98,36 @@ class TrainingLog:
         words = f"cross-entropy {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}"
         self.console.print(f"step {step}: cost {self.latest['cost']:.3f}; on validation {words}")
         self.bar.update(self.task, description="training")
+
+    def validated_for(self, seconds: float) -> None:
+        """Notes what a validation while training took."""
+        self.scoring, self.rounds = self.scoring + seconds, self.rounds + 1
+
+    def foresee(self, overrun: float) -> None:
+        """Says once, early, that the end of the run will take longer than the minutes given."""
+        known = self.last_step - self.first_step > 1  # the first step is slower than the others
+        if known and not self.foreseen and overrun > 0.1 * 60 * (self.section.minutes or math.inf):
+            self.foreseen = True
+            self.console.print(
+                f"[yellow]warning:[/] the validation part is large for {self.section.minutes:g} minutes: its last scores will take about "
+                f"{_clock(overrun)} more than that",
+                soft_wrap=True,
+            )
+
+    def ending(self) -> None:
+        """Training is over; what follows is the last validation, the final scores and the report."""
+        self.end_began = time.monotonic()
+
+    def ended(self, total: float) -> None:
+        """Notes that all is done, `total` seconds after the call of the command."""
+        self.end, self.total = time.monotonic() - self.end_began, total
+
+    def _spent(self) -> str:
+        """Where the time went."""
+        other = max(0.0, self.total - self.stepping - self.scoring - self.end)
+        validations = f"{self.rounds} validation{'s' * (self.rounds != 1)} meanwhile {_clock(self.scoring)}"
+        parts = f"steps {_clock(self.stepping)}, {validations}, last validation, final scores and report {_clock(self.end)}"
+        return f"{_clock(self.total)} in all: {parts}, reading and the rest {_clock(other)}"
 
     def _row(self, step: int, values: dict[str, float]) -> None:
         self.rows = [row for row in self.rows if row["step"] != str(step)]  # a validation completes the row of its step
@@ -130,6 +167,6 @@ def _tensorboard(out: Path, first_step: int) -> Any:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

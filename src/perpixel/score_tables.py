@@ -14,6 +14,7 @@ from perpixel.metrics.intervals import Interval
 if TYPE_CHECKING:
     from perpixel.evaluate import Evaluation
 
+LEFT_OUT = 8  # files named of those that could not be scored
 TRIMAP_SHOWN = (1, 5, 10, 20, 40)  # widths, of those that JSON has
 
 
@@ -42,8 +43,10 @@ def render(result: "Evaluation", console: Console) -> None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True)
     for hole in (hole for holes in result.holes.values() for hole in holes):
         console.print(f"[yellow]not counted[/] {escape(hole)}", soft_wrap=True)
-    for why in result.damaged.values():
+    for why in list(result.damaged.values())[:LEFT_OUT]:
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
+    if len(result.damaged) > LEFT_OUT:
+        console.print(f"[yellow]left out[/] and {len(result.damaged) - LEFT_OUT} more, {len(result.damaged)} in all; --json names them")
 
 
 def percent(value: float | None) -> str:

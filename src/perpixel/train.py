@@ -1,7 +1,6 @@
 """Train: check the data, plan the run, fit the weights. The loop, `fit`, is one visible function on Lightning Fabric."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from rich.progress import Progress
 from perpixel.bundle import Card, read_card, read_tensors
 from perpixel.check import Check, check, render
 from perpixel.data.masks import LabelMap
-from perpixel.optimisation import Clock, learning_rate
+from perpixel.optimisation import Clock, learning_rate, validation_seconds
 from perpixel.plan import plan, this_machine
 from perpixel.progress import TrainingLog
 from perpixel.recipe import Recipe, TrainSection, differing_keys, merge, read_recipe, read_settings, to_yaml
@@ -113,6 +112,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
+    pixels = sum(report.pixels.get("val", ())) / max(1e-9, 1 - report.ignore_share)  # ignored ones are predicted too
     if place.finished:
         return Outcome(out, recipe, place.step, place.best_step, place.scores)
     with TrainingLog(out, console, section, place.step, writes=fabric.is_global_zero) as log:
@@ -125,10 +125,14 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             place.step, place.seconds = place.step + 1, clock.elapsed
             after = fabric.broadcast(clock.progress(place.step))
             log.step(place.step, after, place.seconds, value, rate, clock.left(place.step))
-            due = math.floor(after * section.validations)
-            if due > place.rounds and after < 1:
+            clock.expect(validation_seconds(log.fastest, section, pixels, len(run.train_images)))
+            log.foresee(clock.overrun)
+            due = fabric.broadcast(clock.due(after, place.rounds))
+            if due > place.rounds:
                 place.rounds = due
-                clock.reserve = 3 * run.validate(log)  # in the end one more, and all scores of the best
+                seconds = run.validate(log)
+                clock.validated(seconds)
+                log.validated_for(seconds)
                 run.save()
             elif fabric.broadcast(time.monotonic() - run.saved_at > max(SAVE_EVERY, 20 * run.save_seconds)):
                 run.save()
@@ -136,11 +140,13 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             raise ValueError(
                 f"{section.minutes} minutes were over before the first step: reading took {clock.elapsed:.0f} s. Give more minutes."
             )
+        log.ending()
         if place.validated < place.step:
             run.validate(log)
         run.conclude(log)
         place.seconds, place.finished = clock.elapsed, True
         run.save()
+        log.ended(clock.elapsed - clock.before)
     return Outcome(out, recipe, place.step, place.best_step, place.scores)
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from perpixel.bundle import RefinerCard, load_bundle, save_bundle
+from perpixel.data.class_names import refuse_other_names
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import find_layout, split_pairs
 from perpixel.metrics.boundary import BoundaryF
@@ -142,6 +143,8 @@ def tune(
     path = Path(bundle)
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     card, layout = loaded.card, find_layout(images, masks)
+    if layout.classes_file is not None:
+        refuse_other_names(layout.classes_file, card.classes, loaded.label_map, labels or {})
     chosen = layout.labelled(split, card.val_fraction, card.split_seed)
     label_map = loaded.relabelled(labels or {})
     data = LabelledImages(chosen, label_map, card.bands, card.dtype, cache=False)

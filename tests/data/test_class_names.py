@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from perpixel.data.class_names import ClassList, read_classes
+from perpixel.data.class_names import ClassList, read_classes, refuse_other_names
 from perpixel.data.layouts import find_layout
+from perpixel.data.masks import LabelMap
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ def test_names_on_the_command_line_and_every_mistake_in_them(tmp_path: Path) -> 
     cases = {
         "sky,sky": "'sky' comes twice",
         "sky,": "at least two",
-        "clases.txt": "no file 'clases.txt'",
+        "clases.txt": "'clases.txt' without a comma is taken for a file, and there is no such file",
+        "cat": "at least two names with commas: background,cat",
     }
     for spec, message in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -80,3 +82,22 @@ def test_half_numbered_class_files_are_refused(tmp_path: Path, text: str, messag
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_classes(tmp_path / "classes.txt")
+
+
+def test_classes_of_colour_masks_are_compared_by_colour_whatever_the_order_of_the_lines(tmp_path: Path) -> None:
+    path, label_map = tmp_path / "classes.csv", LabelMap({0xFF0000: 0, 0x00FF00: 1}, rgb=True)
+    path.write_text("sea,0,255,0\nsky,255,0,0\n")
+    refuse_other_names(path, ["sky", "sea"], label_map, {})
+    path.write_text("sea,255,0,0\nsky,0,255,0\n")
+    with pytest.raises(ValueError, match=r"another order.*--label '#ff0000=1' --label '#00ff00=0'"):
+        refuse_other_names(path, ["sky", "sea"], label_map, {})
+    refuse_other_names(path, ["sky", "sea"], label_map, {0xFF0000: 1, 0x00FF00: 0})
+
+
+def test_a_list_names_the_values_that_the_model_has_for_its_classes_in_their_order(tmp_path: Path) -> None:
+    """Binary masks of 0 and 255: the second name stands for 255, as in training."""
+    path, label_map = tmp_path / "classes.txt", LabelMap({0: 0, 255: 1})
+    path.write_text("background\ncell\n")
+    with pytest.raises(ValueError, match=r"'cell' is class 1 of the set, and 'nucleus' that of the bundle.*--label 255=ignore"):
+        refuse_other_names(path, ["background", "nucleus"], label_map, {})
+    refuse_other_names(path, ["background", "nucleus"], label_map, {255: 1})

@@ -273,14 +273,16 @@ def test_nothing_to_pair_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "images/a.jpg", "masks/b.png", "lonely/a.jpg")
     (tmp_path / "list.txt").write_text("images/a.jpg masks/b.png extra/words here.png")
+    (tmp_path / "notes.txt").write_text("to do\nask Ann")
     cases = [
         (("nowhere",), "no such file or folder"),
         (("empty",), "no images in this folder.*png"),
-        (("lonely",), "1 .jpg.*no masks.*list files.*JPEGImages.*second argument"),
+        (("lonely",), "1 .jpg.*no masks.*list files.*JPEGImages.*second argument: .*lonely MASKS"),
         (("images", "masks"), "no mask is named like an image.*'a.jpg'.*'b.png'"),
         (("images", "masks/b.png"), "is a folder and .* is a file"),
         (("images", "empty"), "empty: no masks in this folder"),
         (("list.txt",), "list.txt, line 1: .* should be `image mask`"),
+        (("notes.txt",), "a .txt file is taken for a list .* no line of its 2 names an image that exists"),
         (("list.txt", "masks"), "leave the second path"),
     ]
     for names, message in cases:

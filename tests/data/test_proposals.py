@@ -299,6 +299,7 @@ def test_palettes_that_disagree_are_a_problem_in_any_order_of_files(tmp_path):
         found.append(propose_label_map(counter.evidence()))
     assert found[0] == found[1]
     assert "a.png and" in found[0].problems[0]
+    assert "give the value 1 different colours" in found[0].problems[0]
     assert "--label 1=1 --label 2=2" in found[0].problems[0]
     assert propose_label_map(counter.evidence(), overrides={1: 1, 2: 2}).problems == ()
 
@@ -400,3 +401,11 @@ def test_a_real_set_whose_palettes_differ_from_file_to_file_is_not_trained_on_un
     for picture in find_pictures([shared / "data" / "crf_examples" / "anno*.png"]):
         counter.add(read_mask(picture), picture)
     assert "anno1.png and" in propose_label_map(counter.evidence()).problems[0]
+
+
+def test_fewer_names_than_values_are_told_once(tmp_path):
+    problems = propose(scene(11), names=["a", "b"]).problems
+    told = [problem for problem in problems if "2 names for 11 values (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)" in problem]
+    assert len(told) == 1
+    assert sum("--label" in problem for problem in problems) == 1
+    assert "--label 2=1 or --label 2=ignore" in told[0]

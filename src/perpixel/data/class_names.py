@@ -1,9 +1,11 @@
 """Class names and colours, from a file or from the command line."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from perpixel.data.masks import LabelMap, label_option
 
 Color = tuple[int, int, int]
 
@@ -18,10 +20,12 @@ FILES = (
     "names.txt",
     "labels.txt",
 )
+SHOWN = 6  # classes in a message
 _MARK = r"[\s,;:]+"
 _NAME_FIRST = re.compile(rf"(.*?\D.*?){_MARK}(\d+){_MARK}(\d+){_MARK}(\d+)[\s,;:]*")
 _COLOR_FIRST = re.compile(rf"(\d+){_MARK}(\d+){_MARK}(\d+){_MARK}(.*)")
 _NUMBERED = re.compile(rf"(\d+){_MARK}(.*\D.*)")
+_MADE_UP = re.compile(r"class[ _]?\d+|value_\d+|color_[0-9a-f]{6}")  # names that `perpixel check` gives where nobody did
 _IGNORED = {"ignore", "ignored", "void", "unlabelled", "unlabeled"}
 
 
@@ -59,7 +63,8 @@ def read_classes(spec: str | Path) -> ClassList:
     text = str(spec)
     if isinstance(spec, Path) or "," not in text:
         raise ValueError(
-            f"classes: there is no file {text!r}. Give a file with one class per line, or the names with commas: sky,water,reeds."
+            f"classes: {text!r} without a comma is taken for a file, and there is no such file. Give a file with one class per line, or at "
+            f"least two names with commas: background,{text.strip() or 'object'}."
         )
     names = [name.strip() for name in text.split(",") if name.strip()]
     return ClassList(_checked(names, "classes"))
@@ -142,3 +147,80 @@ def _checked(names: list[str], source: str) -> list[str]:
             f"{source}: {len(names)} classes. Give at least two names, one per line; a single object needs `background` as well."
         )
     return names
+
+
+# ---- a set and a model, each with names of its own
+
+
+def refuse_other_names(path: Path, names: Sequence[str], label_map: LabelMap, labels: Mapping[int, int]) -> None:
+    """Refuses a set whose mask values mean other classes to it than to a model: its scores would be of classes mixed up.
+
+    Args:
+        path: the classes file of the set.
+        names: the model's classes.
+        label_map: of the model. A list without numbers and colours names its classes in their order, as in training.
+        labels: what was said of mask values by hand, value -> class index or 255; these are not doubted.
+
+    Raises:
+        ValueError: with the differences, and the options to type for scores by name.
+    """
+    own = read_classes(path)
+    if [_plain(name) for name in own.names] == [_plain(name) for name in names]:
+        return
+    by_name = {_plain(name): index for index, name in enumerate(names)}
+    found: list[str] = []
+    options: list[str] = []
+    for index, name in enumerate(own.names):
+        target = by_name.get(_plain(name))
+        values: list[int | None] = [*_values_of(own, index, label_map, len(names))]
+        for value in values or [None]:
+            meant = None if value is None else label_map.values.get(value)
+            if value in labels or meant == label_map.ignore or (meant is not None and _same(name, names[meant])):
+                continue
+            if meant is None and (labels or target is not None):  # a value that the model does not know is refused where it occurs
+                continue
+            found.append(
+                f"{name!r} is class {index} of the set, and "
+                + (f"{names[meant]!r} that of the bundle" if meant is not None else "none of the bundle's")
+            )
+            if value is not None:
+                options.append(label_option(value, target, label_map.rgb))
+    if found:
+        raise ValueError(_other_names(path, own.names, names, found, options))
+
+
+def _same(name: str, other: str) -> bool:
+    return _plain(name) == _plain(other) or _MADE_UP.fullmatch(other) is not None
+
+
+def _plain(name: str) -> str:
+    """A name without what people do not mean: case, and how its words are divided."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _values_of(own: ClassList, index: int, label_map: LabelMap, count: int) -> list[int]:
+    """The mask values of a class of the set, as far as its file and the model's label map say."""
+    if own.colors and label_map.rgb:
+        red, green, blue = own.colors[index]
+        return [red << 16 | green << 8 | blue]
+    if own.values and not own.colors:
+        return [value for value, target in own.values.items() if target == index]
+    known = [value for value, target in label_map.values.items() if target == index]
+    from_zero = not label_map.rgb and all(label_map.values.get(k) == k for k in range(count))
+    return known or ([index] if from_zero else [])
+
+
+def _other_names(path: Path, own: Sequence[str], names: Sequence[str], found: Sequence[str], options: Sequence[str]) -> str:
+    """What to say of a set whose classes are not the bundle's."""
+    order = (
+        "the bundle's classes in another order"
+        if sorted(map(_plain, own)) == sorted(map(_plain, names))
+        else "other classes than the bundle"
+    )
+    differences = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    by_name = f" To score by name: {' '.join(options)}." if options else ""
+    return (
+        f"{path} names {order}: {', '.join(own[:SHOWN])}{', ...' * (len(own) > SHOWN)} against "
+        f"{', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}. {differences}.{by_name} "
+        f"If the masks hold the bundle's numbers all the same, move {path.name} out of the set."
+    )

@@ -269,19 +269,30 @@ def _list_files(lists: Mapping[Split | None, Path], root: Path) -> Layout:
     """Pairs named line by line."""
     matched: list[tuple[File, File | None]] = []
     damaged: dict[str, str] = {}
+    listed = 0
     for split, path in lists.items():
         for number, line in _lines(path):
             names = _two_names(line, root)
             if names is None:
-                raise ValueError(f"{path}, line {number}: {line!r} should be `image mask`, two paths relative to the list.")
+                raise ValueError(
+                    f"{path}, line {number}: {line!r} should be `image mask`, two paths relative to the list. "
+                    f"(A {path.suffix} file is taken for a list of them, one pair per line.)"
+                )
             there = [None if name is None else _resolve(name, root) for name in names]
             for name, file in zip(names, there, strict=True):
                 if name is not None and file is None:
                     damaged[str(root / name)] = (
                         f"named in {path.name}, line {number}, but there is no such file. Correct the path or remove the line."
                     )
+            listed += 1
             if there[0] is not None:
                 matched.append((File(there[0], split=split), None if there[1] is None else File(there[1])))
+    if not matched:
+        path = next(iter(lists.values()))
+        raise ValueError(
+            f"{path}: a {path.suffix} file is taken for a list with `image mask` per line, and no line of its {listed} names an image that "
+            "exists. Paths are relative to the list; to check pictures, give their folder."
+        )
     found = _paired("list files" if len(lists) > 1 else "list file", matched, [])
     return replace(found, damaged={**damaged, **found.damaged}, classes_file=find_classes_file(root, None))
 
@@ -407,7 +418,8 @@ def _nothing(images: Path, masks: Path | None, found: Layout) -> str:
     what = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(3))
     return (
         f"{images}: images ({what}), but no masks. Looked for list files (train.txt, val.txt with `image mask` per line), JPEGImages with "
-        "SegmentationClass, sub-folders images and masks, and a_mask.png beside a.jpg. Give the folder of masks as second argument."
+        "SegmentationClass, sub-folders images and masks, and a_mask.png beside a.jpg. "
+        f"Give the folder of masks as second argument: {images} MASKS"
     )
 
 

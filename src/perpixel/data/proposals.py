@@ -312,7 +312,7 @@ def _mostly_borders(evidence: Evidence) -> bool:
 def _say_recolored(draft: _Draft, value: int) -> None:
     first, second = draft.evidence.recolored[value]
     keep = " ".join(f"--label {v}={v}" for v in list(draft.evidence.recolored)[:12])
-    what = f"the palettes of {first} and {second} give {value} other colours, so numbers do not mean the same"
+    what = f"the palettes of {first} and {second} give the value {value} different colours, so numbers do not mean the same"
     draft.problems.append(f"{what}. Save all with one palette or as RGB; to go by the numbers all the same: {keep}")
 
 
@@ -368,9 +368,14 @@ def _finished(draft: _Draft) -> Proposal:
     if named is not None and classes > named:
         draft.problems.append(f"there are {named} class names for {classes} classes. List all classes with --classes")
     classes = max(classes, named or 0)
-    draft.problems.extend(_not_a_class(draft, value, classes) for value in draft.free[:5])
-    if len(draft.free) > 5:
-        draft.problems.append(f"{len(draft.free) - 5} more values are not one of {classes} classes")
+    if classes > IGNORE_16:
+        classes = _too_many(draft, classes)
+    if named and len(draft.free) > 2:
+        draft.problems.append(_too_few_names(draft, named))
+    else:
+        draft.problems.extend(_not_a_class(draft, value, classes) for value in draft.free[:5])
+        if len(draft.free) > 5:
+            draft.problems.append(f"{len(draft.free) - 5} more values are not one of {classes} classes")
     held_classes = {c for v, c in draft.targets.items() if c >= 0 and (v in evidence.counts or evidence.damaged)}
     if len(held_classes) < 2:
         held = ", ".join(value_name(v, evidence.rgb) for v in list(evidence.counts)[:5]) or "nothing"
@@ -386,6 +391,29 @@ def _finished(draft: _Draft) -> Proposal:
     encoding = " ".join([*(["JPEG-damaged"] if evidence.damaged or _spread_but_told(draft) else []), draft.encoding])
     kind = "1-bit, " if evidence.bilevel else "palette, " if evidence.palette is not None and not evidence.rgb else ""
     return Proposal(label_map, kind + encoding, tuple(draft.reasons), tuple(draft.problems), names, _colors(draft, sources, classes))
+
+
+def _too_many(draft: _Draft, classes: int) -> int:
+    """A problem of more classes than any mask can hold; the classes that are left to be shown, and their values."""
+    source = draft.evidence.sources.get(max(draft.targets, key=lambda value: draft.targets[value]), "masks")
+    draft.problems.insert(
+        0,
+        f"{source}: the masks hold {classes} different values, as photographs do; a mask has at most {IGNORE_16} classes, one plain value "
+        "each. Give the folder of the images first and that of the masks second, or list the classes with --classes",
+    )
+    draft.targets = {value: target for value, target in draft.targets.items() if target < IGNORE}
+    return IGNORE
+
+
+def _too_few_names(draft: _Draft, named: int) -> str:
+    """One problem for all values that the names do not reach."""
+    evidence, first = draft.evidence, draft.free[0]
+    held = ", ".join(value_name(v, evidence.rgb) for v in list(evidence.counts)[:12]) + (", ..." if len(evidence.counts) > 12 else "")
+    ways = f"{label_option(first, named - 1, evidence.rgb)} or {label_option(first, None, evidence.rgb)}"
+    return (
+        f"{evidence.sources.get(first, 'masks')}: {named} names for {len(evidence.counts)} values ({held}). Name all classes with "
+        f"--classes, or say of each of the other {len(draft.free)} what it is, such as {ways}"
+    )
 
 
 def _not_a_class(draft: _Draft, value: int, classes: int) -> str:
