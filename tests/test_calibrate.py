@@ -58,6 +58,19 @@ def test_a_temperature_that_does_not_carry_over_is_not_accepted():
     assert fitted(sampled([scored(0)])).card is None
 
 
+@pytest.mark.parametrize("opposite", [True, False])
+def test_scores_that_no_temperature_mends_keep_theirs(opposite):
+    """Large scores for a wrong class ask for an endless temperature, correct ones for none; the search ends at its limits."""
+    images = []
+    for number in range(4):
+        labels = torch.randint(0, 2, (40, 50), generator=torch.Generator().manual_seed(number))
+        sure = 50.0 * torch.nn.functional.one_hot(1 - labels if opposite else labels, 2).permute(2, 0, 1)
+        images.append(Scored(f"{number}", Path(f"{number}.png"), torch.zeros(1, 40, 50), labels, sure, 0.0, 255))
+    found = fitted(sampled(images))
+    assert found.at_limit is opposite  # scores without a mistake leave nothing to gain, at any temperature
+    assert found.card is None
+
+
 def test_a_sample_is_the_same_in_any_order_and_however_it_was_shared():
     images = [scored(number) for number in range(6)]
     options = {"pixels": 500, "scores": 4 * 6 * 200}

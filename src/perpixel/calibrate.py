@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
 from perpixel.evaluate import Scored, evaluate
-from perpixel.metrics.calibration import Calibration, fit_temperature
+from perpixel.metrics.calibration import LIMITS, Calibration, fit_temperature
 from perpixel.scores import plain
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
@@ -87,9 +87,14 @@ class Calibrated:
     brier_after: float
 
     @property
+    def at_limit(self) -> bool:
+        """Whether the search ended where it had to: the scores are hopeless, or without a mistake, and no number mends them."""
+        return not 1.001 * LIMITS[0] < self.temperature < 0.999 * LIMITS[1]
+
+    @property
     def accepted(self) -> bool:
-        """Whether the cross-entropy falls."""
-        return self.cost_after < self.cost_before
+        """Whether the cross-entropy falls, by a temperature within the limits."""
+        return self.cost_after < self.cost_before and not self.at_limit
 
     @property
     def card(self) -> TemperatureCard | None:
@@ -165,5 +170,8 @@ def render(found: Calibrated, console: Console) -> None:
     if found.accepted:
         sure = "too sure of itself" if found.temperature > 1 else "not sure enough"
         console.print(f"temperature [bold]{found.temperature:.3f}[/]: the network was {escape(sure)}", soft_wrap=True)
+    elif found.at_limit:
+        why = "hardly tell the classes apart" if found.temperature > 1 else "are without a mistake here"
+        console.print(f"no temperature from {LIMITS[0]:g} to {LIMITS[1]:g} mends scores that {why}: they stay as they are", soft_wrap=True)
     else:
         console.print("no temperature helps: the probabilities stay as they are", soft_wrap=True)

@@ -299,4 +299,9 @@ def evaluate(
         result.warnings.append(
             f"the masks hold nothing but '{seen[0]}' under the bundle's label map: were they made for these classes? See --label"
         )
+    predicted = [name for name, pixels in zip(card.classes, result.confusion.counts.sum(0).tolist(), strict=True) if pixels]
+    if len(predicted) == 1 < len(seen):
+        result.warnings.append(
+            f"the model labels everything '{predicted[0]}': it has learned nothing yet, and its probabilities mean little"
+        )
     return result

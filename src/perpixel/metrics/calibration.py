@@ -89,10 +89,13 @@ class Calibration:
         return self._squares / self.pixels if self.pixels else math.nan
 
 
+LIMITS = (0.05, 20.0)  # of a temperature: scores that ask for more or less mean nothing
+
+
 def fit_temperature(
     batches: Iterable[tuple[Tensor, Tensor]],
     ignore: int = 255,
-    limits: tuple[float, float] = (0.05, 20.0),
+    limits: tuple[float, float] = LIMITS,
     tolerance: float = 1e-6,
 ) -> float:
     """The temperature T for which softmax(logits / T) has the least cross-entropy on a validation set.

@@ -56,14 +56,17 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> str:
         return [step for step, _ in points], [value for _, value in points]
 
     def draw(figure: "Figure") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         upper, lower = figure.subplots(2, 1, sharex=True)
         upper.plot(*series("cost"), color=BLUE, alpha=0.8, label="cost of the training batches")
         upper.plot(*series("val_cross_entropy"), color=ORANGE, marker="o", markersize=3.5, label="cross-entropy on validation")
         upper.set_ylim(bottom=0)
         lower.plot(*series("val_miou"), color=ORANGE, marker="o", markersize=3.5, label="mIoU on validation")
         lower.plot(*series("val_pixel_accuracy"), color=BLUE, marker="s", markersize=3.5, linestyle="--", label="pixel accuracy")
-        lower.set_ylim(0, 1)
+        lower.set_ylim(-0.02, 1.02)  # points at 0 and 1 are drawn whole
         lower.set_xlabel("step")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (upper, lower):
             axes.legend()
 
@@ -133,8 +136,8 @@ def reliability_curve(curves: Mapping[str, tuple[Sequence[float | None], Sequenc
         upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as it should be")
         for (name, (confidence, right)), color, mark in zip(curves.items(), (ORANGE, BLUE), "os", strict=False):
             upper.plot(_gaps(confidence), _gaps(right), color=color, marker=mark, markersize=3.5, label=name)
-        upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right pixels")
-        upper.legend(loc="upper left")
+        upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of right pixels")
+        upper.legend(loc="best")
         _bars(lower, pixels)
         lower.set(xlabel="confidence of the prediction", ylabel="pixels")
 
