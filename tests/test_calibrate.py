@@ -30,13 +30,22 @@ def sampled(images, **options) -> PixelSample:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Twenty images with masks that have nothing to do with them: no probability but the classes' shares is right."""
-    random = np.random.default_rng(0)
-    for kind, top in (("images", 256), ("masks", 3)):
+def bundle(make_bundle):
+    return make_bundle(bands=1)
+
+
+@pytest.fixture
+def folder(tmp_path, bundle):
+    """Twenty images of noise with masks drawn from the bundle's own probabilities at a temperature of 2."""
+    random, segmenter = np.random.default_rng(0), load(bundle)
+    for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
-        for number in range(20):
-            Image.fromarray(random.integers(0, top, (24, 24), dtype=np.uint8)).save(tmp_path / kind / f"{number:02d}.png")
+    for number in range(20):
+        image = tmp_path / "images" / f"{number:02d}.png"
+        Image.fromarray(random.integers(0, 256, (24, 24), dtype=np.uint8)).save(image)
+        scores = segmenter.logits(image).numpy() / 2
+        labels = (scores + random.gumbel(size=scores.shape)).argmax(0)  # a draw from softmax(scores)
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "masks" / image.name)
     return tmp_path
 
 
@@ -105,12 +114,12 @@ def test_void_and_scores_that_overflowed_are_not_sampled():
     assert (labels != 255).all()
 
 
-def test_calibrating_changes_probabilities_as_stated_and_no_label(make_bundle, folder):
-    path = make_bundle(bands=1)
-    before = load(path)
-    found = calibrate(path, folder / "images", folder / "masks")
-    after = load(path)
+def test_calibrating_changes_probabilities_as_stated_and_no_label(bundle, folder):
+    before = load(bundle)
+    found = calibrate(bundle, folder / "images", folder / "masks")
+    after = load(bundle)
     assert found.accepted
+    assert found.temperature == pytest.approx(2, rel=0.2)
     assert after.temperature == found.temperature == after.bundle.card.temperature.value != 1
     assert after.bundle.card.temperature.images == found.images == 4  # a fifth of the set is its validation part
     image = folder / "images" / "00.png"
@@ -119,23 +128,21 @@ def test_calibrating_changes_probabilities_as_stated_and_no_label(make_bundle, f
     assert np.array_equal(before.predict(image), after.predict(image))
 
 
-def test_a_dry_run_leaves_the_bundle_as_it_is(make_bundle, folder):
-    path = make_bundle(bands=1)
-    bytes_before = path.read_bytes()
-    assert calibrate(path, folder / "images", folder / "masks", write=False).accepted
-    assert path.read_bytes() == bytes_before
+def test_a_dry_run_leaves_the_bundle_as_it_is(bundle, folder):
+    bytes_before = bundle.read_bytes()
+    assert calibrate(bundle, folder / "images", folder / "masks", write=False).accepted
+    assert bundle.read_bytes() == bytes_before
 
 
-def test_the_command_says_what_was_found_and_refuses_one_image(make_bundle, folder, command):
-    path = make_bundle(bands=1)
-    said = command("calibrate", path, folder / "images", folder / "masks")
+def test_the_command_says_what_was_found_and_refuses_one_image(bundle, folder, command):
+    said = command("calibrate", bundle, folder / "images", folder / "masks")
     assert said.code == 0
     assert "the network was too sure of itself" in said.out
-    said = command("evaluate", path, folder / "images", folder / "masks", "--scores", "calibration")
+    said = command("evaluate", bundle, folder / "images", folder / "masks", "--scores", "calibration")
     assert "with the bundle's temperature" in said.out
     for file in sorted((folder / "masks").iterdir())[1:]:
         file.write_bytes(b"")
-    said = command("calibrate", path, folder / "images", folder / "masks", "--split", "train")
+    said = command("calibrate", bundle, folder / "images", folder / "masks", "--split", "train")
     assert said.code == 2
 
 
