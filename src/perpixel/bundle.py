@@ -88,15 +88,14 @@ class Card(BaseModel):
 
 @dataclass
 class Bundle:
-    """A model ready to predict, and what is known of its data.
-
-    Attributes:
-        digest: of the weights as the file has them, see `digest_of`.
-    """
+    """A model ready to predict, and what is known of its data."""
 
     model: SegmentationModel
     card: Card
-    digest: str
+
+    def digest(self) -> str:
+        """Of the weights as they are now, which may have been changed since they were loaded; see `digest_of`."""
+        return digest_of({name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()})
 
     @property
     def normalize(self) -> Normalize:
@@ -272,7 +271,7 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
         raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
-        bundle = Bundle(model, card, digest)
+        bundle = Bundle(model, card)
         _ = bundle.normalize, bundle.label_map  # refuse illegal values now, not in the middle of a folder of images
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: the model or data that the bundle describes can't be made: {error}") from None
