@@ -26,7 +26,7 @@ SIZE = (420, 380)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    for module in ("perpixel.predict", "perpixel.segmenter", "perpixel.budget"):
+    for module in ("perpixel.segmenter", "perpixel.budget"):
         monkeypatch.setattr(f"{module}.WHOLE", 0)
     monkeypatch.setattr(budget, "SIDE", 128)
 

@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in ("perpixel.predict", "perpixel.segmenter", "perpixel.budget"):
+    for module in ("perpixel.segmenter", "perpixel.budget"):
         monkeypatch.setattr(f"{module}.WHOLE", 0)
     monkeypatch.setattr(budget, "SIDE", 96)
 
@@ -71,12 +71,12 @@ DRIVER = '''
 import os, random, signal, sys, time
 from pathlib import Path
 
-import perpixel.budget, perpixel.predict, perpixel.segmenter
+import perpixel.budget, perpixel.segmenter
 from perpixel.data.mosaics import Journal, Mosaic
 from perpixel.predict import Task, load, predict_files
 from perpixel.streaming import Streamer
 
-for part in (perpixel.budget, perpixel.predict, perpixel.segmenter):
+for part in (perpixel.budget, perpixel.segmenter):
     part.WHOLE = 0
 perpixel.budget.SIDE = 48
 segmenter, image, out = load(sys.argv[1], device="cpu"), sys.argv[2], Path(sys.argv[3])
@@ -164,7 +164,7 @@ def test_a_picture_of_one_block_is_not_mixed_with_the_blocks_of_a_smaller_limit(
     task = Task(format="tif")
     interrupted(monkeypatch, JOIN, 0, segmenter, [image], tmp_path / "out", task)
     monkeypatch.setattr(budget, "SIDE", 256)
-    for name in ("perpixel.predict.WHOLE", "perpixel.budget.WHOLE"):
+    for name in ("perpixel.segmenter.WHOLE", "perpixel.budget.WHOLE"):
         monkeypatch.setattr(name, 0)  # so that a limit of any size asks for blocks
     told = []
     limited = Task(format="tif", limits=Limits(ram=2**40))

@@ -19,7 +19,7 @@ SIZE = (300, 420)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in ("perpixel.predict", "perpixel.segmenter", "perpixel.budget"):
+    for module in ("perpixel.segmenter", "perpixel.budget"):
         monkeypatch.setattr(f"{module}.WHOLE", 0)
     monkeypatch.setattr(budget, "SIDE", 96)
 

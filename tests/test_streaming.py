@@ -29,7 +29,6 @@ SIZE = (300, 420)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that a small image has many: blocks of 96 pixels, whole steps of tiles of 64 with 16 in common."""
-    monkeypatch.setattr("perpixel.predict.WHOLE", 0)
     monkeypatch.setattr("perpixel.segmenter.WHOLE", 0)
     monkeypatch.setattr(budget, "WHOLE", 0)
     monkeypatch.setattr(budget, "SIDE", 96)

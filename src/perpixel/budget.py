@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -24,15 +24,17 @@ SIDE = 2048  # pixels, the largest side of a block: larger ones gain little and 
 SCORES = 2**28  # bytes of a block's scores where no limit is given
 MOST = 2**30  # bytes of the scores of an image that is one block all the same
 BATCH = 16  # windows at a time on a GPU at most
+LOOKED_AT = 32  # blocks along a side that are looked at for the one that reads most; how they cut windows repeats after a few
 SHARE = 0.8  # of the free memory of a GPU that is used where no limit is given
 LONG = 0.5  # seconds of a window that is timed once
 MANY = 100  # windows of an image from which on a second run of one, to time it, costs a hundredth at most
+ALIKE = "raise the limit here, or give all shares and runs of this work the same one"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that the whole process (ram) and its GPU (vram) may hold; None: what the machine has."""
+    """Bytes that the whole process (ram) and its GPU (vram) may hold; None: blocks as ever, smaller where the machine has less to give."""
 
     ram: int | None = None
     vram: int | None = None
@@ -146,7 +148,7 @@ def plan(
     Raises:
         ValueError: if even the smallest tile and block, or those settled, do not fit, saying what they would need.
     """
-    least = 0
+    least, room = 0, _free_ram()
     while True:
         tiler = Tiler(model, tile if cut is None else cut[0], overlap)
         seconds, base, vram, vram_growth = _measured(model, tiler, needs.bands, source.size)
@@ -158,7 +160,8 @@ def plan(
             ram = base + held + (0 if on_gpu else scores)
             gpu = vram + scores if on_gpu else 0
             least = ram if not least else min(least, ram)
-            fits = ram <= limits.ram if limits.ram is not None else scores <= SCORES or grid is grids[-1]
+            # Without a limit the memory of the moment decides on blocks only, not on tiles, on which scores depend.
+            fits = ram <= limits.ram if limits.ram is not None else (scores <= SCORES and ram <= room) or grid is grids[-1]
             if fits and (not on_gpu or gpu <= room_vram):
                 batch = _batch(gpu, vram_growth, room_vram) if on_gpu else 1
                 tiler.batch = batch
@@ -166,7 +169,8 @@ def plan(
                 return Plan(tiler, grid, tiler.windows(source.size), ram, gpu + (batch - 1) * vram_growth, total)
         need = f"about {least / 2**20:,.0f} MB of memory" + (f" and {vram / 2**20:,.0f} MB of the GPU's" if vram else "")
         if cut is not None:
-            raise ValueError(f"tiles of {cut[0]} pixels and blocks of {cut[1].block[0]}x{cut[1].block[1]}, begun with, need {need}")
+            begun = f"tiles of {cut[0]} pixels and blocks of {cut[1].block[0]}x{cut[1].block[1]}, begun with"
+            raise ValueError(f"{begun}, need {need}; {ALIKE}")
         smaller = tile // 2
         least_tile = 1 if overlap == "exact" else overlap + 1
         if smaller < least_tile or Tiler(model, smaller, overlap).window >= tiler.window:
@@ -183,24 +187,35 @@ def _grids(tiler: Tiler, size: tuple[int, int]) -> list[Grid]:
 
 
 def _block_bytes(model: SegmentationModel, tiler: Tiler, source: Source, grid: Grid, needs: Needs) -> tuple[int, int]:
-    """Bytes of a block's scores with what is computed from them; and of pixels read, outputs that wait for the writer and windows kept.
+    """Bytes of a block's scores with what is computed from them and kept of windows; and of pixels read and outputs that wait.
 
-    Of a block in the middle of the image, where most is read around it.
+    Of the block that needs most: which windows a block cuts, and so how far around it is read, differs from one to the next.
     """
-    (rows, columns), around = grid.size, needs.context * (len(grid.blocks) > 1)
-    height, width = (min(side, full) for side, full in zip(grid.block, grid.size, strict=True))
-    middle = grid.blocks[len(grid.blocks) // 2]
-    top, left = max(middle.top - around, 0), max(middle.left - around, 0)
-    seen = min(height + 2 * around, rows - top), min(width + 2 * around, columns - left)
-    scores = seen[0] * seen[1] * 4 * model.classes
-    _, _, read_rows, read_columns = needs.viewed(tiler).reach(grid.size, top, left, *seen)
-    region = read_rows * read_columns * source.bands * 4
-    kept = 0
-    if len(grid.blocks) > 1:  # what windows over the borders say of the next block and, up to a limit, of those below
+    several, size = len(grid.blocks) > 1, grid.size
+    around, reach = needs.context * several, needs.viewed(tiler).reach
+    height, width = (min(side, full) for side, full in zip(grid.block, size, strict=True))
+    rows, read_rows = _most(size[0], height, around, lambda first, count: reach(size, first, 0, count, width)[2])
+    columns, read_columns = _most(size[1], width, around, lambda first, count: reach(size, 0, first, height, count)[3])
+    scores = int(rows * columns * (4 * model.classes * needs.copies + needs.extra))
+    if several:  # what windows over the borders say of the next block and, up to a limit, of those below
         across = 4 * model.classes * tiler.window
-        kept = min(KEPT, across * columns) + across * seen[0]
-    held = source.held(grid.block[0] + 2 * tiler.window) + 3 * height * width * (1 + 2 * needs.maps)
-    return int(scores * needs.copies) + seen[0] * seen[1] * needs.extra, 3 * region + held + kept + needs.once
+        scores += min(KEPT, across * size[1]) + across * rows
+    region = read_rows * read_columns * source.bands * 4
+    held = source.held(grid.block[0] + 2 * tiler.window)
+    return scores, 3 * region + held + 3 * height * width * (1 + 2 * needs.maps) + needs.once
+
+
+def _most(side: int, block: int, around: int, read: Callable[[int, int], int]) -> tuple[int, int]:
+    """Of blocks along a side: how many pixels are scored for one at most, with those around it, and how many are read."""
+    starts = range(0, side, block)
+    seen = [(max(start - around, 0), min(start + block + around, side)) for start in {*starts[:LOOKED_AT], *starts[-2:]}]
+    return max(last - first for first, last in seen), max(read(first, last - first) for first, last in seen)
+
+
+def batch_beside(model: SegmentationModel, tiler: Tiler, bands: int, beside: int) -> int:
+    """Windows that a GPU takes at a time, beside so many bytes; 1 on a processor, where more bring nothing."""
+    _, _, vram, growth = _measured(model, tiler, bands, (tiler.window, tiler.window))
+    return _batch(vram + beside, growth, int(SHARE * _free_vram(model))) if vram else 1
 
 
 def _measured(model: SegmentationModel, tiler: Tiler, bands: int, size: tuple[int, int]) -> tuple[float, int, int, int]:
@@ -242,6 +257,17 @@ def _batch(gpu: int, growth: int, room: int) -> int:
 def _free_vram(model: SegmentationModel) -> int:
     device = next(model.parameters()).device
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _free_ram() -> int:
+    """Bytes that the process may hold, with those it has: what the machine can give (Linux, proc(5), meminfo) and its control group may."""
+    room = 2**63
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii")):
+            room = int(found[1]) * 1024 + _resident()
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
+    return room
 
 
 def _resident() -> int:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,15 +89,19 @@ class Card(BaseModel):
 
 @dataclass
 class Bundle:
-    """A model ready to predict, and what is known of its data.
-
-    Attributes:
-        digest: of the weights as the file has them, see `digest_of`.
-    """
+    """A model ready to predict, and what is known of its data."""
 
     model: SegmentationModel
     card: Card
-    digest: str
+    _digest: tuple[str, list[tuple[int, int]]] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def digest(self) -> str:
+        """Of the weights as they are now, see `digest_of`; taken anew only where PyTorch has counted a change since."""
+        tensors = self.model.state_dict()
+        marks = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
+        if self._digest is None or self._digest[1] != marks:
+            self._digest = digest_of({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}), marks
+        return self._digest[0]
 
     @property
     def normalize(self) -> Normalize:
@@ -282,7 +286,7 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
         raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
-        bundle = Bundle(model, card, digest)
+        bundle = Bundle(model, card)
         _ = bundle.normalize, bundle.label_map  # refuse illegal values now, not in the middle of a folder of images
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: the model or data that the bundle describes can't be made: {error}") from None

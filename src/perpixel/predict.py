@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from perpixel import __version__
-from perpixel.budget import WHOLE, Limits, Plan, one_block
+from perpixel.budget import Limits, Plan, one_block
 from perpixel.data.decoding import read_header
 from perpixel.data.display import overlay
 from perpixel.data.geo import GEO_SUFFIXES, files_of
@@ -30,7 +30,7 @@ from perpixel.data.windows import Source, hole_lines
 from perpixel.data.writing import write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of, noted_in
-from perpixel.tiling import Tiler, at_once
+from perpixel.tiling import at_once
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[float, int, str], None]  # (pictures done, with the share of blocks of the one in hand; of how many; what)
@@ -121,7 +121,7 @@ def predict_files(
     pictures = find_sources(inputs, segmenter.bundle.card.bands)
     _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
-    with ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
+    with closing(run), ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
             run.picture(number, source, partial(do, _writing))
     run.journal.close([run.key(picture) for picture in pictures if str(picture) not in run.result.damaged], task.shard)
@@ -155,12 +155,13 @@ class _Run:
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
         bundle = segmenter.bundle
-        model = [bundle.card.model_dump_json(), bundle.digest]
+        model = [bundle.card.model_dump_json(), bundle.digest()]
         settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
         settings.append(__version__)
         self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
         self.warned_of_faint = False
         self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
+        self._open: dict[Picture, Source] = {}
 
     def key(self, picture: Picture) -> str:
         """A picture as it was when this run first asked; one that was replaced before is another. Each file is looked at once a run.
@@ -184,9 +185,19 @@ class _Run:
         if self._is_of_another_share(number, picture):
             return number, None
         try:
-            return number, open_source(picture, self.segmenter.bundle.card.bands)
+            self._open[picture] = open_source(picture, self.segmenter.bundle.card.bands)
+            return number, self._open[picture]
         except ValueError as error:
             return number, error
+
+    def close(self) -> None:
+        """Close what an error has left open: of the picture in hand, those that wait, and those whose writing was dropped."""
+        for picture in list(self._open):
+            self._release(picture)
+
+    def _release(self, picture: Picture) -> None:
+        if (source := self._open.pop(picture, None)) is not None:
+            source.close()
 
     def _is_of_another_share(self, number: int, picture: Picture) -> bool:
         """Whether an ordinary picture, which is one block, falls to another process: it need not even be decoded."""
@@ -195,7 +206,7 @@ class _Run:
             return False
         with suppress(ValueError):
             header = read_header(picture.path, picture.page, pixel_limit())
-            return header.height * header.width <= WHOLE
+            return self.segmenter.is_small((header.height, header.width))
         return False
 
     def picture(self, number: int, source: Source | ValueError | None, write: Callable[..., None]) -> None:
@@ -206,11 +217,8 @@ class _Run:
                 raise source
             if source is not None:
                 self._predict(number, picture, source, write)
-        except BaseException as error:
-            if source is not None and not isinstance(source, ValueError):
-                source.close()
-            if not isinstance(error, ValueError):
-                raise
+        except ValueError as error:
+            self._release(picture)
             if self.task.strict or isinstance(error, _HopelessError):
                 raise
             self.result.damaged[str(picture)] = str(error)
@@ -250,7 +258,7 @@ class _Run:
         if not alone:
             write(self._join, picture, source, targets, mosaic)
         elif not due:
-            source.close()
+            self._release(picture)
 
     def _tell_first_pass(self, number: int, picture: Picture, what: str) -> None:
         self.progress(number, len(self.pictures), f"{picture.name}, first pass over the image, {what.replace('-', ' ')}")
@@ -296,12 +304,9 @@ class _Run:
         return {"labels": labels_of(scores, classes, region.known), **maps}
 
     def _planned(self, source: Source, parts: Path) -> Plan:
-        """For a picture of one block nothing needs measuring on a processor, and those of one size are planned alike."""
-        card, model = self.segmenter.bundle.card, self.segmenter.bundle.model
+        """A picture of one block needs no plan, and those of one size are planned alike."""
         if self.segmenter.is_small(source.size) and self.task.limits == Limits() and not parts.exists():
-            tiler = Tiler(model, card.tile, card.overlap)
-            if self.segmenter.device.type == "cpu" or tiler.windows(source.size) == 1:  # a GPU takes many windows at a time
-                return Plan(tiler, one_block(source.size), 0, 0, 0, 0.0)
+            return Plan(self.segmenter.tiler(source.size), one_block(source.size), 0, 0, 0, 0.0)
         return self._plan(source)
 
     def _plan(self, source: Source, cut: tuple[int, Grid] | None = None) -> Plan:
@@ -344,16 +349,18 @@ class _Run:
         if self.task.overlay:
             height, width = source.size
             self._write_overlay(picture, source.read(0, 0, height, width).pixels, arrays["labels"])
-        self._finish(picture, source, targets["labels"], region.damage)
+        self._finish(picture, targets["labels"], region.damage)
 
     def _join(self, picture: Picture, source: Source, targets: dict[str, Path], mosaic: Mosaic) -> None:
         """Put the parts together, if all are there; another process may do so at the same time, and remove them first."""
         if not mosaic.complete():
             if self.task.shard[1] == 1:
                 raise _HopelessError(f"{picture}: parts in {mosaic.folder} were removed while it was predicted; run the command again")
-            source.close()
-            if targets["labels"].exists() and not mosaic.folder.exists():  # another process was first
+            self._release(picture)
+            settled = self.journal.settled(self.key(picture))
+            if targets["labels"].exists() and (settled or not mosaic.folder.exists()):  # another process was first
                 self.result.written.append(targets["labels"])
+                mosaic.remove()  # what was begun anew after the other had tidied up
             else:
                 self.result.shared += 1
             return
@@ -368,10 +375,10 @@ class _Run:
         except FileNotFoundError:
             if mosaic.folder.exists() or not targets["labels"].exists():
                 raise
-            source.close()
+            self._release(picture)
             self.result.written.append(targets["labels"])  # the other process has noted it, and tells what is damaged
             return
-        self._finish(picture, source, targets["labels"], damage)
+        self._finish(picture, targets["labels"], damage)
         mosaic.remove()
 
     def _write_overlay(self, picture: Picture, image: np.ndarray, labels: np.ndarray) -> None:
@@ -379,8 +386,8 @@ class _Run:
         image, labels = image[:, ::step, ::step], labels[::step, ::step]
         write_rgb(self.out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, self.segmenter.colors, ignore=unseen))
 
-    def _finish(self, picture: Picture, source: Source, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
-        source.close()
+    def _finish(self, picture: Picture, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
+        self._release(picture)
         holes = hole_lines(picture, damage)
         if holes:
             self.result.holes[str(picture)] = holes

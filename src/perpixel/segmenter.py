@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perpixel.augmented import AugmentedTiler, View, views
-from perpixel.budget import MOST, WHOLE, Limits, Needs, Plan, one_block, plan
+from perpixel.budget import MOST, WHOLE, Limits, Needs, Plan, batch_beside, one_block, plan
 from perpixel.bundle import Bundle, load_bundle
 from perpixel.data.images import Picture
 from perpixel.data.mosaics import Block, Grid
@@ -43,6 +43,7 @@ class Segmenter:
             raise ValueError(f"precision is {precision!r}; legal is {' or '.join(PRECISIONS)}")
         self.bundle, self.refine, self.refiner, self.precision = bundle, refine, bundle.refiner(refine), precision
         self.augment, self.views, self.temperature = augment, views(augment), bundle.temperature(refine)
+        self._batch: int | None = None  # of windows on a GPU, once it is measured
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +112,17 @@ class Segmenter:
         pixels = size[0] * size[1]
         return pixels <= WHOLE and (self.refiner is not None or 4 * len(self.classes) * pixels <= MOST)
 
+    def tiler(self, size: tuple[int, int]) -> Tiler:
+        """For an image that is not planned: the bundle's tile, and on a GPU as many at a time as it holds, which is measured once."""
+        card, model = self.bundle.card, self.bundle.model
+        tiler = Tiler(model, card.tile, card.overlap)
+        if self.device.type != "cpu" and tiler.windows(size) > 1:
+            if self._batch is None:
+                with computing(self.device, self.precision):
+                    self._batch = batch_beside(model, tiler, card.bands, 2 * MOST)  # the scores of most images, and a copy
+            tiler.batch = self._batch
+        return tiler
+
     def _viewed(self, tiler: Tiler) -> Tiler | AugmentedTiler:
         return tiler if self.views == [View()] else AugmentedTiler(tiler, self.views)
 
@@ -125,11 +137,10 @@ class Segmenter:
         begin: float = 0.0,
     ) -> Streamer:
         """The engine for one image; `grid` and `tiler` are planned, or the bundle's tile and blocks that the scores allow."""
-        card = self.bundle.card
         if grid is None:
             planned = None if self.is_small(source.size) else self.plan(source, Limits())
             grid, tiler = (one_block(source.size), tiler) if planned is None else (planned.grid, tiler or planned.tiler)
-        tiler = tiler or Tiler(self.bundle.model, card.tile, card.overlap)
+        tiler = tiler or self.tiler(source.size)
         refiner = self.refiner if refined else None
         return Streamer(self.bundle, refiner, source, self._viewed(tiler), grid, self.precision, name, noted, begin)
 

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np
 from perpixel.data.writing import replacing
 
 LEVEL = 6  # of deflate: labels are runs, and shrink well
+STALE = 30 * 24 * 3600  # seconds after which nobody goes on with parts that were begun
 MAX_TILE = 512  # pixels; the side of the tiles of a label TIFF is the largest multiple of 16 that divides a block
 
 
@@ -198,6 +200,16 @@ class Journal:
         for other in out.glob(".perpixel-*/*.done"):
             if other.parent != self.folder:  # what another bundle or option has written is about to be replaced
                 other.unlink(missing_ok=True)
+        self._remove_stale(out)
+
+    def _remove_stale(self, out: Path) -> None:
+        """Parts that another bundle, option or state of a picture has left for good, and what a kill has left while it was removed."""
+        for parts in [*out.glob(".perpixel-*/*.parts"), *out.glob(".perpixel-*/*.parts.*")]:
+            with contextlib.suppress(OSError):  # another process is faster
+                if parts.suffix != ".parts" or time.time() - parts.stat().st_mtime > STALE:
+                    shutil.rmtree(parts, ignore_errors=True)
+                    if parts.parent != self.folder:
+                        parts.parent.rmdir()  # where it is empty now
 
     def parts(self, key: str) -> Path:
         """The folder for the parts of a picture."""
@@ -224,7 +236,8 @@ class Journal:
         """
         number, count = share
         ended = [self.folder / f"share-{one + 1}-of-{count}.ended" for one in range(count)]
-        if count > 1 and self.folder.is_dir():
+        if count > 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
             ended[number].touch()
         if all(self.settled(key) for key in keys) and (count == 1 or all(mark.exists() for mark in ended)):
             for key in keys:
