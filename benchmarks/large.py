@@ -115,7 +115,7 @@ def memory(folder: Path, side: int, minutes: float) -> dict[str, Any]:
     return found
 
 
-def throughput(folder: Path, pairs: int, whole: int) -> dict[str, Any]:
+def throughput(folder: Path, pairs: int, whole: int, words: list[str]) -> dict[str, Any]:
     """Prediction from file to file against the bare network on as many windows of the same size, in turns."""
     keep_freed_memory()  # as the command does
     images, found = [folder / "large.tif", folder / "quarter.tif"], {}
@@ -126,6 +126,8 @@ def throughput(folder: Path, pairs: int, whole: int) -> dict[str, Any]:
         ("unet_paper of width 8, margin 92", "unet_paper", {"width": 8}, 512, 0),
         ("unet_paper as published", "unet_paper", {}, 512, 0),
     ):
+        if words and not any(word in name for word in words):
+            continue
         bundle = folder / f"{model}.safetensors"
         write_bundle(bundle, model, options, 3, tile, overlap)
         side, image = (whole, images[0]) if options else (whole // 4, images[1])
@@ -146,8 +148,7 @@ def throughput(folder: Path, pairs: int, whole: int) -> dict[str, Any]:
                 ours.append(middle - start)
                 bare.append(time.perf_counter() - middle)
         ratio = statistics.median(alone / whole for alone, whole in zip(bare, ours, strict=True))
-        found[name] = {
-            "side": side,
+        found[f"{name}, {side} pixels square"] = {
             "windows": count,
             "window": tiler.window,
             "predict_seconds": round(statistics.median(ours), 2),
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0, help="for each side")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--throughput-side", type=int, default=4096, help="of the narrow nets; the published one takes a quarter")
+    parser.add_argument("--nets", nargs="+", default=[], metavar="WORD", help="of throughput, those whose name has one of these")
     parser.add_argument("--agreement", type=Path, nargs=2, metavar=("BUNDLE", "IMAGES"))
     parser.add_argument("--only", nargs="+", choices=["memory", "throughput", "unet", "agreement"])
     given = parser.parse_args()
@@ -213,7 +215,7 @@ def main() -> None:
             results.setdefault("memory", {})[str(side)] = memory(folder, side, given.minutes)
             _write(results)
         if "throughput" in wanted:
-            results["throughput"] = throughput(folder, given.pairs, given.throughput_side)
+            results.setdefault("throughput", {}).update(throughput(folder, given.pairs, given.throughput_side, given.nets))
         if "unet" in wanted:
             results["unet_2015_512x512"] = unet(folder, given.pairs)
         if "agreement" in wanted and given.agreement:
