@@ -7,7 +7,8 @@ The plain loop is that of plain_training.py, with the net of segmentation_models
 the command, as it plans for this machine, with the crop, batch, loss and augmentation given to both. Weights are new, as none can be
 downloaded everywhere. Each run is a process of its own, in turns; images/s are those of the second half of its steps, with reading,
 augmentation and checkpoints, without validation. Beside them stands the processor's time for an image, on all cores and with the workers'
-own, which other work on the machine hardly touches. Memory is the most that a run's processes held at once.
+own, which other work on the machine hardly touches. Memory is the most that a run's processes held at once; ours keeps decoded images in
+memory as planned, and is run without that too ("uncached").
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def task_of(data: Path, batch: int, crop: tuple[int, int]) -> Task:
     return Task(data / "camvid", batch, crop, (least, 2 * least), 0.2)
 
 
-def our_marks(name: str, task: Task, steps: int) -> list[float]:
-    """`marks` of `perpixel train`, as planned but for what both sides are given."""
+def our_marks(name: str, task: Task, steps: int, cache: bool = True) -> list[float]:
+    """`marks` of `perpixel train`, as planned but for what both sides are given; `cache`: decoded images stay in memory, as planned."""
     from rich.console import Console
 
     from perpixel import progress
@@ -53,7 +55,13 @@ def our_marks(name: str, task: Task, steps: int) -> list[float]:
     progress.EVERY = steps // 2  # so that a row of metrics.csv is written after half of the steps
     Run.validate = end  # type: ignore[assignment, method-assign]  # neither its time nor its memory is to be compared
     model, encoder, options = NETS[name]
-    settings = [f"model.name={model}", f"model.options={options}", "model.encoder_weights=false", f"train.batch={task.batch}"]
+    settings = [
+        f"model.name={model}",
+        f"model.options={options}",
+        "model.encoder_weights=false",
+        f"train.batch={task.batch}",
+        f"train.cache={str(cache).lower()}",
+    ]
     settings += [
         f"train.crop=[{task.crop[0]}, {task.crop[1]}]",
         "train.validations=1",
@@ -71,6 +79,9 @@ def our_marks(name: str, task: Task, steps: int) -> list[float]:
         with (out / "metrics.csv").open() as file:
             seconds = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
     return [started + seconds[step] for step in (steps // 2, steps)]
+
+
+SIDES = {"plain": marks, "ours": our_marks, "uncached": partial(our_marks, cache=False)}
 
 
 def run(side: str, name: str, given: argparse.Namespace) -> dict[str, float]:
@@ -112,17 +123,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, nargs=2, default=[224, 288])
     parser.add_argument("--threads", type=int, help="of the network on both sides; every core without it")
-    parser.add_argument("--side", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        side = our_marks if given.side == "ours" else marks
-        sys.stdout.write(json.dumps(side(given.nets[0], task_of(given.data, given.batch, tuple(given.crop)), given.steps)) + "\n")
+        made = SIDES[given.side](given.nets[0], task_of(given.data, given.batch, tuple(given.crop)), given.steps)
+        sys.stdout.write(json.dumps(made) + "\n")
         return
     rows: list[dict[str, Any]] = []
     for name in given.nets:
-        runs: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for number in range(given.repeats):
-            for turn in ("ours", "plain") if number % 2 else ("plain", "ours"):
+            for turn in list(SIDES)[:: -1 if number % 2 else 1]:
                 runs[turn].append(run(turn, name, given))
                 sys.stderr.write(f"{name} {turn} {runs[turn][-1]}\n")
         rows.append(row_of(name, runs))

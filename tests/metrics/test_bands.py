@@ -101,14 +101,20 @@ def test_boundary_iou_equals_repeated_erosion_of_each_class(width):
     assert score.mean() == pytest.approx(np.nanmean(expected))
 
 
-def test_void_is_filled_from_a_nearest_known_pixel():
+@pytest.mark.parametrize("known", [None, 1, 5, 40])
+def test_void_is_filled_from_a_nearest_known_pixel(known):
+    """Void as it comes, and all but a few pixels, so that whole rows and columns have none."""
     labels, predicted = pair(1)
+    if known:
+        kept = np.random.default_rng(0).choice(np.flatnonzero(labels != VOID), known, replace=False)
+        labels = np.where(np.isin(np.arange(labels.size), kept).reshape(labels.shape), labels, VOID)
     truth, guess = filled(*labelled_pair(labels, predicted, 4))
     places = np.argwhere(labels != VOID)
     for y, x in np.argwhere(labels == VOID)[::7]:
         far = ((places - (y, x)) ** 2).sum(1)
         nearest = places[far == far.min()]
         assert (truth[y, x], guess[y, x]) in [(labels[a, b], predicted[a, b]) for a, b in nearest]
+    assert (truth[labels != VOID] == labels[labels != VOID]).all()
 
 
 def test_an_object_that_void_surrounds_keeps_its_contour():
