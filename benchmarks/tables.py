@@ -224,8 +224,8 @@ def training() -> str:
         "cores and with the workers' own, is hardly touched by what else the machine does. Memory is the most that all processes of a "
         "run held at once; ours keeps the decoded images, and has been run without that too (`train.cache=false`).",
         "",
-        "| net | images/s, ours | plain | times faster | processor seconds an image, ours | plain | times less | our memory | without cache "
-        "| plain |",
+        "| net | images/s, ours | plain | times faster | processor seconds an image, ours | plain | times less | our memory | "
+        "without cache | plain |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in run["rows"]:
