@@ -99,10 +99,7 @@ def facts(card: Card, run: RunFiles, bundle: Path, data: str, refined: str) -> l
     libraries = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
     return [
         *found,
-        (
-            "Split",
-            f"the set's own parts, else {100 * card.val_fraction:g} % for validation by seed {card.split_seed}",
-        ),
+        ("Split", f"the set's own parts, else {100 * card.val_fraction:g} % for validation by seed {card.split_seed}"),
         ("Scored with", f"perpixel {__version__}, Python {platform.python_version()}, {libraries}"),
         ("Scored on machine", f"{this_machine().words}; {platform.system()} {platform.machine()}"),
         ("Date", date.today().isoformat()),
