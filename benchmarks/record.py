@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 def write(name: str, content: Mapping[str, Any], packages: Sequence[str] = ("torch",), device: str = "cpu") -> None:
     """Writes benchmarks/results/NAME.json: command, machine and versions of `packages` and perpixel, then `content`."""
     header = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": torch.cuda.get_device_name() if device == "cuda" else this_machine().words,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in (*packages, "perpixel")}},
     }

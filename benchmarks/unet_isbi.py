@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,13 @@ def main() -> None:
     first: Board | None = None
     for name in given.rows:
         settings, slices, views = ROWS[name]
-        start = time.monotonic()
         same = "as planned" if views else name  # other views of the same nets
         bundles = [trained(given, same, fold, settings, slices) for fold in given.folds]
         board = Board()
         for bundle, fold in zip(bundles, given.folds, strict=True):
             board.merge(scored(bundle, given.data, fold, views))
         first = board if first is None else first
-        rows[name] = {**row_of(board, first), "minutes": round((time.monotonic() - start) / 60, 1)}
+        rows[name] = row_of(board, first)
         content = {"steps": given.steps, "width": given.width, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
         write("unet-isbi2012", content)
         sys.stdout.write(json.dumps({name: rows[name]}) + f"\n{file}\n")
