@@ -172,9 +172,9 @@ def few_images() -> str:
         f"`{run['command']}` on {run['machine']}: U-Net of width {run['width']} from scratch, {run['steps']} updates of 4 crops of "
         f"{run['crop']} pixels for each net (the paper's has width 64 and trains for 10 hours on a GPU), folds {run['folds']} of 5; each "
         "slice scored by a net that has not seen it, at the best threshold over all slices, as the board does. The gain is that over the "
-        "first row with its 95 % interval over the slices; errors fall where it is negative. So short a training of so narrow a net does not "
-        "overfit, which is what deformation, border weights and more slices are for: a row that contradicts the paper here says what holds at "
-        "this budget, not that the paper's gain is not there at its own.",
+        "first row with its 95 % interval over the slices; errors fall where it is negative. Nets this narrow, trained this briefly, "
+        "still underfit, so deformation and more slices have nothing to mend: such a row says what holds at this budget, not that the "
+        "paper's gain is absent at its own.",
         "",
         f"| row | slices | {' | '.join(scores.values())} | {' | '.join(f'gain in {name}' for name in scores.values())} |",
         "|---|---" + "|---" * (2 * len(scores)) + "|",
