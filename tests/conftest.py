@@ -115,6 +115,14 @@ def make_bundle(tmp_path):
     return make
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So that a small image has many: blocks of 96 pixels, whole steps of tiles of 64 with 16 in common."""
+    for module in ("perpixel.segmenter", "perpixel.budget"):
+        monkeypatch.setattr(f"{module}.WHOLE", 0)
+    monkeypatch.setattr("perpixel.budget.SIDE", 96)
+
+
 @dataclass(frozen=True)
 class Said:
     """What a command left: exit code, standard output and standard error."""

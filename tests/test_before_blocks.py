@@ -25,9 +25,7 @@ SIZE = (420, 380)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    for module in ("perpixel.segmenter", "perpixel.budget"):
-        monkeypatch.setattr(f"{module}.WHOLE", 0)
+def blocks_of_128(small_blocks, monkeypatch):
     monkeypatch.setattr(budget, "SIDE", 128)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from perpixel import blockwise, budget
+from perpixel import blockwise
 from perpixel.bundle import TemperatureCard, load_bundle
 from perpixel.calibrate import calibrate
 from perpixel.compare import compare
@@ -24,14 +24,6 @@ PALETTE = np.random.default_rng(5).integers(0, 65536, (3, 256)).astype(np.uint16
 @pytest.fixture
 def bundle(make_bundle):
     return load_bundle(make_bundle(tile=64, overlap=16))
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 96 pixels: 20 in an image of the set."""
-    monkeypatch.setattr("perpixel.segmenter.WHOLE", 0)
-    monkeypatch.setattr(budget, "WHOLE", 0)
-    monkeypatch.setattr(budget, "SIDE", 96)
 
 
 @pytest.fixture

@@ -23,13 +23,6 @@ SIZE = (300, 420)
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    for module in ("perpixel.segmenter", "perpixel.budget"):
-        monkeypatch.setattr(f"{module}.WHOLE", 0)
-    monkeypatch.setattr(budget, "SIDE", 96)
-
-
-@pytest.fixture
 def segmenter(make_bundle):
     return load(make_bundle(tile=64, overlap=16), device="cpu")
 

@@ -24,13 +24,6 @@ class Stopped(BaseException):
     """Instead of a killed process."""
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    for module in ("perpixel.segmenter", "perpixel.budget"):
-        monkeypatch.setattr(f"{module}.WHOLE", 0)
-    monkeypatch.setattr(budget, "SIDE", 96)
-
-
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

@@ -18,13 +18,6 @@ SIZE = (300, 420)
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    for module in ("perpixel.segmenter", "perpixel.budget"):
-        monkeypatch.setattr(f"{module}.WHOLE", 0)
-    monkeypatch.setattr(budget, "SIDE", 96)
-
-
-@pytest.fixture
 def image(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", tile=(64, 64), compression="zlib")

@@ -25,13 +25,7 @@ from perpixel.tiling import Tiler
 
 SIZE = (300, 420)
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """So that a small image has many: blocks of 96 pixels, whole steps of tiles of 64 with 16 in common."""
-    monkeypatch.setattr("perpixel.segmenter.WHOLE", 0)
-    monkeypatch.setattr(budget, "WHOLE", 0)
-    monkeypatch.setattr(budget, "SIDE", 96)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
