@@ -1,20 +1,23 @@
 """What the papers' comparisons give on small real sets; writes benchmarks/results/papers-GROUP.json.
 
-python benchmarks/papers.py GROUP --data FOLDER --weights FILE [--steps N] [--runs FOLDER]
+python benchmarks/papers.py GROUP --data FOLDER --weights FILE [--steps N] [--runs FOLDER] [--jobs N]
 
 Each group trains nets that differ in one thing, by the same plan, seed and number of steps, so that a busy machine changes nothing but the
 time. Scores are on the validation part. Each claim of the paper is a pair of rows: the gain of the second over the first in one score, with
 its 95 % interval over the same images (`perpixel compare`), says whether the claim shows with that budget. Rows that are there already,
-with as many steps, are kept, so that a run that was stopped goes on. FOLDER holds the sets in the layouts that `perpixel check` prints,
-FILE is that of mobilenetv2_100. Groups of nets from scratch take camvid at half its size, which this script makes.
+with as many steps, are kept, so that a run that was stopped goes on. Narrow nets leave cores idle: `--jobs` trains as many at once. FOLDER
+holds the sets in the layouts that `perpixel check` prints, FILE is that of mobilenetv2_100. Groups of nets from scratch take camvid at half
+its size, which this script makes.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +93,14 @@ SEGNET_TABLE = {
 }
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "bf")
 BALANCED = ("median_frequency", "none")
+PLAIN = ("brightness", "contrast", "saturation", "hue", "rare_class_probability")
 
 
 def segnet_rows() -> dict[str, list[str]]:
     """Table 1's decoders on the narrow SegNet-Basic, with and without balancing."""
-    words = ["--recipe", "segnet_basic_paper", "--fast", *settings("model.options.width=32", "train.crop=[180, 240]", "train.lr=0.01")]
+    words = ["--recipe", "segnet_basic_paper", "--fast"]
+    words += settings("model.options.width=16", "train.crop=[180, 240]", "train.lr=0.03", "train.loss=[{name: cross_entropy}]")
+    words += settings("train.augment.scale=[1.0, 1.0]", *(f"train.augment.{name}=0.0" for name in PLAIN))
     return {
         f"{variant}, {weights}": [*words, *settings(f"model.options.variant={variant}", f"train.class_weights={weights}")]
         for weights in BALANCED
@@ -126,7 +132,8 @@ GROUPS = {
         "camvid-half",
         segnet_rows(),
         segnet_claims(),
-        "SegNet-Basic of width 32 from scratch on camvid at half its size (180x240), the recipe's network with today's training (--fast)",
+        "SegNet-Basic of width 16, from scratch on camvid at half its size (180x240): the recipe's network, loss and images, with "
+        "flips, today's optimiser and schedule (--fast)",
         encoder=False,
     ),
 }
@@ -156,7 +163,8 @@ def trained(group: Group, words: list[str], given: argparse.Namespace, out: Path
     command = [sys.executable, "-m", "perpixel", "train", str(images), "-o", str(out), "--steps", str(given.steps), *words]
     command += settings("model.encoder=mobilenetv2_100", f"model.encoder_weights={given.weights}") if group.encoder else []
     start = time.monotonic()
-    subprocess.run([*command, *settings("train.report=false", "train.validations=3")], check=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // given.jobs))} if given.jobs > 1 else {}
+    subprocess.run([*command, *settings("train.report=false", "train.validations=3")], check=True, env=os.environ | threads)
     scores = json.loads((out / "evaluation.json").read_text())
     kept = {key: scores[key] for key in ("pixel_accuracy", "mean_accuracy", "miou", "fwiou")}
     boundary = scores.get("boundary", {})
@@ -170,6 +178,18 @@ def verdict(found: Pairing, score: str) -> dict[str, Any]:
     return {"gain": round(float(gain.value), 4), "low": round(float(gain.low), 4), "high": round(float(gain.high), 4), "verdict": words}
 
 
+def write_group(given: argparse.Namespace, group: Group, rows: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
+    """The file of the group: its rows so far, in its order, and what they say of the claims."""
+    claims = [
+        {**vars(claim), **verdict(compare([folders[claim.worse], folders[claim.better]])[0], claim.score)}
+        for claim in group.claims
+        if claim.worse in rows and claim.better in rows
+    ]
+    ordered = {row: rows[row] for row in group.rows if row in rows}
+    content = {"set": group.data, "network": group.network, "steps": given.steps, "rows": ordered, "claims": claims}
+    write(f"papers-{given.group}", content, packages=("torch", "timm"))
+
+
 def main() -> None:
     """Train what is missing, compare, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,25 +198,24 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("../shared/weights/mobilenetv2_100.safetensors"))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--runs", type=Path, help="where the runs stay; a temporary folder without it")
+    parser.add_argument("--jobs", type=int, default=1, help="nets that train at once, on an even share of the cores")
     given = parser.parse_args()
     given.runs = given.runs or Path(tempfile.mkdtemp())
     group, rows = GROUPS[given.group], dict[str, dict[str, Any]]()
     folders = {row: given.runs / f"{given.group} {row} {given.steps}".replace(" ", "-").replace(",", "") for row in group.rows}
     file = RESULTS / f"papers-{given.group}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    for row, words in group.rows.items():
-        out = folders[row]
-        if before.get("steps") == given.steps and row in before["rows"] and (out / "evaluation.json").exists():
-            rows[row] = before["rows"][row]
-            continue
-        rows[row] = {"settings": words, **trained(group, words, given, out)}
-        claims = [
-            {**vars(claim), **verdict(compare([folders[claim.worse], folders[claim.better]])[0], claim.score)}
-            for claim in group.claims
-            if claim.worse in rows and claim.better in rows
-        ]
-        content = {"set": group.data, "network": group.network, "steps": given.steps, "rows": rows, "claims": claims}
-        write(f"papers-{given.group}", content, packages=("torch", "timm"))
+    if before.get("steps") == given.steps:
+        rows = {row: before["rows"][row] for row in group.rows if row in before["rows"] and (folders[row] / "evaluation.json").exists()}
+    if group.data == "camvid-half":
+        halved_camvid(given.data, given.runs / group.data)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        missing = {pool.submit(trained, group, words, given, folders[row]): row for row, words in group.rows.items() if row not in rows}
+        for done in as_completed(missing):
+            row = missing[done]
+            rows[row] = {"settings": group.rows[row], **done.result()}
+            write_group(given, group, rows, folders)
+    write_group(given, group, rows, folders)
 
 
 if __name__ == "__main__":
