@@ -67,19 +67,30 @@ def deeplab_v3(options: str) -> list[str]:
 
 
 ATROUS = {f"output stride {stride}": deeplab_v3(f"output_stride: {stride}") for stride in (32, 16, 8)}
+NO_POOLING = "output stride 16, no image pooling"
+GRID = "multi_grid: [1, 2, 4]"
 ATROUS |= {
-    "output stride 16, no image pooling": deeplab_v3("output_stride: 16, image_pooling: false"),
-    "output stride 16, no image pooling, rate 12 alone": deeplab_v3("output_stride: 16, image_pooling: false, rates: [12]"),
+    NO_POOLING: deeplab_v3("output_stride: 16, image_pooling: false"),
+    f"{NO_POOLING}, rate 12 alone": deeplab_v3("output_stride: 16, image_pooling: false, rates: [12]"),
+    f"{NO_POOLING}, multi-grid (1, 2, 4)": deeplab_v3(f"output_stride: 16, image_pooling: false, {GRID}"),
+    "output stride 16, multi-grid (1, 2, 4)": deeplab_v3(f"output_stride: 16, {GRID}"),
+    "cascade to block 4": deeplab_v3("modules: cascade, blocks: 4, output_stride: 16"),
+    "cascade to block 4, multi-grid (1, 2, 4)": deeplab_v3(f"modules: cascade, blocks: 4, output_stride: 16, {GRID}"),
+    "cascade to block 5": deeplab_v3("modules: cascade, blocks: 5, output_stride: 16"),
+    "cascade to block 7": deeplab_v3("modules: cascade, blocks: 7, output_stride: 16"),
+    "cascade to block 7, multi-grid (1, 2, 1)": deeplab_v3("modules: cascade, blocks: 7, output_stride: 16, multi_grid: [1, 2, 1]"),
 }
 ATROUS_CLAIMS = [
     Claim("output stride 32", "output stride 16", "70.06 to 73.88 on Pascal VOC 2012 val (arXiv:1706.05587, table 1)"),
     Claim("output stride 16", "output stride 8", "73.88 to 75.18 (table 1); 77.21 to 78.51 (table 6)"),
-    Claim("output stride 16, no image pooling", "output stride 16", "76.58 to 77.21 (table 5)"),
-    Claim(
-        "output stride 16, no image pooling, rate 12 alone",
-        "output stride 16, no image pooling",
-        "65.76 (one rate of 12) to 68.96 (four) with VGG-16 (arXiv:1606.00915, table 3)",
-    ),
+    Claim(NO_POOLING, "output stride 16", "76.58 to 77.21 (table 5)"),
+    Claim(f"{NO_POOLING}, rate 12 alone", NO_POOLING, "65.76 (one rate of 12) to 68.96 (four) with VGG-16 (arXiv:1606.00915, table 3)"),
+    Claim(NO_POOLING, f"{NO_POOLING}, multi-grid (1, 2, 4)", "75.36 to 76.58 (table 5)"),
+    Claim("cascade to block 4", "cascade to block 4, multi-grid (1, 2, 4)", "68.39 to 73.45 (table 3)"),
+    Claim("cascade to block 4", "cascade to block 5", "68.39 to 73.21 (table 3)"),
+    Claim("cascade to block 5", "cascade to block 7", "73.21 to 75.76 (table 3)"),
+    Claim("cascade to block 7", "cascade to block 7, multi-grid (1, 2, 1)", "75.76 to 76.66 (table 3)"),
+    Claim("cascade to block 7, multi-grid (1, 2, 1)", "output stride 16, multi-grid (1, 2, 4)", "76.66 to 77.21 (tables 4 and 5)"),
 ]
 
 # SegNet's Table 1 (arXiv:1511.00561), CamVid test: (global, class average, mIoU, BF) with median frequency balancing, and without.

@@ -1,5 +1,7 @@
 """Atrous convolution, DeepLab on any encoder, and weights of others in it."""
 
+from itertools import pairwise
+
 import pytest
 import timm
 import torch
@@ -204,3 +206,72 @@ def test_rates_choose_how_many_branches_a_pyramid_has_and_how_far_apart_their_ta
     for wrong in ([], [6, 0]):
         with pytest.raises(ValueError, match="rates are"):
             build(name, 3, encoder="resnet18", rates=wrong)
+
+
+@pytest.mark.parametrize(("output_stride", "rates"), [(32, [2, 4, 8]), (16, [4, 8, 16]), (8, [8, 16, 32])])
+def test_a_cascade_on_resnet50_adds_the_paper_s_blocks_at_the_paper_s_rates(output_stride, rates):
+    """Each block holds 13,387,776 parameters: what the released net grows by (37,062,613 less 23,674,837); its rates times (1, 2, 1)."""
+    with torch.device("meta"):
+        nets = [
+            build("deeplab_v3", 21, "resnet50", modules="cascade", blocks=blocks, output_stride=output_stride, multi_grid=grid)
+            for blocks, grid in ((4, None), (5, [1, 2, 1]), (6, [1, 2, 1]), (7, [1, 2, 1]))
+        ]
+    sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert [more - less for less, more in pairwise(sizes)] == [37_062_613 - 23_674_837] * 3
+    found = [layer.dilation[0] for layer in nets[-1].decoder.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+    assert found == [rate * factor for rate in rates for factor in (1, 2, 1)]
+
+
+@pytest.mark.parametrize("encoder", ["mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "squeezenet1_0"])
+def test_a_cascade_behind_any_encoder_labels_every_pixel_and_trains_every_parameter(encoder):
+    torch.manual_seed(0)
+    network = build("deeplab_v3", 3, encoder, modules="cascade", blocks=5, multi_grid=[1, 2, 1] if encoder != "squeezenet1_0" else None)
+    logits = network.train()(torch.randn(2, 3, 70, 64))
+    assert logits.shape == (2, 3, 70, 64)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "output_stride", "rates"),
+    [
+        ("resnet50", 16, [4, 8]),  # timm's first unit of a block keeps the rate of the block before
+        ("resnet50", 8, [2] * 6 + [8, 16]),
+        ("resnet18", 16, [4, 8, 8]),  # two convolutions in a unit
+        ("mobilenetv2_100", 16, [2, 4, 8]),
+        ("regnety_002", 16, [2, 2, 2, 2, 4, 8]),
+        ("vgg11", 8, [4, 8]),
+    ],
+)
+def test_multi_grid_multiplies_the_rates_of_an_encoder_s_last_units(encoder, output_stride, rates):
+    network = build("deeplab_v3", 2, encoder, output_stride=output_stride, multi_grid=[1, 2, 4]).encoder
+    atrous = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.dilation[0] > 1]
+    assert [layer.dilation[0] for layer in atrous] == rates
+    assert all(
+        layer.padding == tuple(rate * (side // 2) for rate, side in zip(layer.dilation, layer.kernel_size, strict=True)) for layer in atrous
+    )
+
+
+def test_multi_grid_keeps_weights_and_sizes_and_changes_what_is_seen():
+    plain, spread = (build("deeplab_v3plus", 2, "mobilenetv2_100", multi_grid=grid).eval() for grid in (None, [1, 2, 4]))
+    spread.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        maps, others = plain.encoder(image).maps, spread.encoder(image).maps
+    assert [m.shape for m in maps] == [m.shape for m in others]
+    assert all(torch.equal(a, b) for a, b in zip(maps[:-1], others[:-1], strict=True))
+    assert not torch.allclose(maps[-1], others[-1], atol=1e-3)
+
+
+def test_illegal_modules_are_refused_with_what_is_legal():
+    for options, message in (
+        ({"modules": "both"}, "Known: aspp, cascade"),
+        ({"blocks": 5}, "4 to 7 with modules 'cascade'"),
+        ({"modules": "cascade", "blocks": 8}, "4 to 7 with modules 'cascade'"),
+        ({"modules": "cascade", "rates": [6], "image_pooling": True}, "image_pooling and rates: a part of modules 'aspp'"),
+        ({"multi_grid": [1, 2]}, "three numbers"),
+        ({"multi_grid": [1, 2, 0]}, "at least 1"),
+        ({"multi_grid": [1, 2, 4], "output_stride": 32}, "nothing in encoder 'resnet18' dilates"),
+    ):
+        with torch.device("meta"), pytest.raises(ValueError, match=message):
+            build("deeplab_v3", 2, "resnet18", **options)

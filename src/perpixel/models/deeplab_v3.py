@@ -9,6 +9,7 @@ from perpixel.models.atrous import (
     AtrousPyramid,
     CellDecoder,
     CornerDecoder,
+    apply_multi_grid,
     atrous_encoder,
     checked_rates,
     normalised,
@@ -20,7 +21,7 @@ from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.fcn_resnet import FCNHead
 from perpixel.models.layers import initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
-from perpixel.models.resnet import UNITS, ResNetPath, load_own_weights
+from perpixel.models.resnet import UNITS, AtrousCascade, ResNetPath, checked_grid, load_own_weights
 from perpixel.models.torchvision_trunks import TorchvisionTrunk
 
 # PyTorch counts the new share of a running mean, TensorFlow the old: decay 0.9997 (arXiv:1706.05587, section 4.1).
@@ -74,10 +75,10 @@ class FineDecoder(nn.Module):
         return self.enlarge(x, size)
 
 
-def _scores_of(pyramid: AtrousPyramid, width: int, classes: int) -> nn.Sequential:
+def _scores_of(maps: AtrousPyramid | AtrousCascade, width: int, classes: int) -> nn.Sequential:
     classify = nn.Conv2d(width, classes, 1)
     initialise(classify)
-    return nn.Sequential(pyramid, classify)
+    return nn.Sequential(maps, classify)
 
 
 def deeplab_v3_paper(
@@ -119,12 +120,7 @@ def deeplab_v3_paper(
     scores' first weights are from N(0, 0.01), others by He et al.; the pooling is over the whole image, as in the text, where the
     released code has a window of 33x33. The head of the cascade, a 1x1 convolution, is not spelled out in the paper.
     """
-    if modules not in ("aspp", "cascade"):
-        raise ValueError(f"unknown modules {modules!r}. Known: aspp, cascade")
-    cascade = modules == "cascade"
-    last = (7 if cascade else 4) if blocks is None else blocks
-    if not 4 <= last <= 7 or (last > 4 and not cascade):
-        raise ValueError(f"blocks is {blocks}; it is 4 to 7 with modules 'cascade', and 4 with 'aspp'")
+    cascade, last = modules == "cascade", _last_block(modules, blocks)
     if cascade and image_pooling:
         raise ValueError("image_pooling is a part of modules 'aspp'; a cascade has none. Leave it out")
     encoder = _slim_encoder(depth, last, output_stride, multi_grid, variant, in_channels, width, encoder_weights)
@@ -137,6 +133,16 @@ def deeplab_v3_paper(
         head = _scores_of(pyramid, 4 * width, classes)
         small_scores(head[1])
     return SegmentationModel(encoder, CornerDecoder(head), classes, _geometry(output_stride))
+
+
+def _last_block(modules: str, blocks: int | None) -> int:
+    """4 to 7, the block that scores are computed from; ValueError for a choice that is not defined."""
+    if modules not in ("aspp", "cascade"):
+        raise ValueError(f"unknown modules {modules!r}. Known: aspp, cascade")
+    last = (7 if modules == "cascade" else 4) if blocks is None else blocks
+    if not 4 <= last <= 7 or (last > 4 and modules != "cascade"):
+        raise ValueError(f"blocks is {blocks}; it is 4 to 7 with modules 'cascade', and 4 with 'aspp'")
+    return last
 
 
 def deeplab_v3plus_paper(
@@ -193,8 +199,7 @@ def _slim_encoder(
     largest = 4 << (blocks - 1)
     if output_stride not in (8, 16, 32, 64, 128, 256) or output_stride > largest:
         raise ValueError(f"output_stride is {output_stride}; with {blocks} blocks it must be a power of two from 8 to {largest}")
-    if len(multi_grid) != 3 or min(multi_grid) < 1:
-        raise ValueError(f"multi_grid is {tuple(multi_grid)}; it must be three numbers of at least 1, one for each unit of a block")
+    multi_grid = checked_grid(multi_grid)
     if variant not in ("beta", "7x7"):
         raise ValueError(f"unknown variant {variant!r}. Known: beta, 7x7")
     units = (*UNITS[depth], *[UNITS[depth][-1]] * (blocks - 4))
@@ -210,11 +215,14 @@ def deeplab_v3(
     in_channels: int = 3,
     output_stride: int | None = None,
     width: int = 256,
-    image_pooling: bool = True,
-    dropout: float = 0.1,
+    image_pooling: bool | None = None,
+    dropout: float | None = None,
     rates: Sequence[int] | None = None,
+    modules: str = "aspp",
+    blocks: int | None = None,
+    multi_grid: Sequence[int] | None = None,
 ) -> SegmentationModel:
-    """DeepLab v3's pyramid on any encoder; labels every pixel of an image of any size.
+    """DeepLab v3's pyramid, or its cascade, on any encoder; labels every pixel of an image of any size.
 
     Args:
         classes: K.
@@ -224,20 +232,44 @@ def deeplab_v3(
         output_stride: 8 or 16 for encoders that can dilate, 32 for those that end there; None: 16 where possible, else the encoder's own
             (`atrous_encoder`).
         width: maps of each branch of the pyramid; 256 in the paper.
-        image_pooling: give the pyramid the mean over the image.
-        dropout: share of values dropped before the scores while training.
+        image_pooling: give the pyramid the mean over the image; None: yes.
+        dropout: share of values dropped before the scores of the pyramid while training; None: 0.1.
         rates: of the pyramid, in pixels of the coarsest map; None: 6, 12 and 18 at output stride 16 and above, doubled at 8.
+        modules: "aspp", the pyramid, or "cascade", blocks 5 to 7 behind the encoder (`AtrousCascade`) and a 1x1 convolution; `width`,
+            `image_pooling`, `dropout` and `rates` are the pyramid's.
+        blocks: the last block, 4 to 7; None: 4 with "aspp" (nothing else is defined), 7 with "cascade". 4 is the encoder alone.
+        multi_grid: factors on the rates of the encoder's last units (`apply_multi_grid`) and of the units of each added block; None: 1.
 
     While training on a batch of one image, the norm behind the image pooling uses its running statistics (`ContextNorm`).
 
     Raises:
-        ValueError: for an unknown encoder, one that cannot have `output_stride`, rates below 1, and weights that do not belong to it.
+        ValueError: for an unknown encoder, one that cannot have `output_stride`, rates below 1, weights that do not belong to it,
+            options of the pyramid with a cascade, and `multi_grid` where nothing dilates.
     """
+    last = _last_block(modules, blocks)
+    pyramids = {"image_pooling": image_pooling, "rates": rates, "dropout": dropout}
+    if modules == "cascade" and (given := [name for name, value in pyramids.items() if value is not None]):
+        raise ValueError(f"{' and '.join(given)}: a part of modules 'aspp'; a cascade has none. Leave it out")
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
-    pyramid = AtrousPyramid(path.channels[-1], checked_rates(rates, pyramid_rates(stride)), width, image_pooling, dropout)
-    decoder = CellDecoder(_scores_of(pyramid, width, classes))
-    return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
+    _spread(path, encoder, multi_grid, needed=last == 4)
+    if modules == "cascade":
+        cascade = AtrousCascade(path.channels[-1], last - 4, max(1, 64 // stride), checked_grid(multi_grid))
+        head = _scores_of(cascade, cascade.channels, classes)
+    else:
+        shown = checked_rates(rates, pyramid_rates(stride))
+        pyramid = AtrousPyramid(path.channels[-1], shown, width, image_pooling is not False, 0.1 if dropout is None else dropout)
+        head = _scores_of(pyramid, width, classes)
+    return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))
+
+
+def _spread(path: TimmEncoder | TorchvisionTrunk, name: str, multi_grid: Sequence[int] | None, needed: bool = True) -> None:
+    """Multi-grid in the encoder, in place, where it is given; ValueError where it is `needed` and finds nothing to multiply."""
+    if multi_grid is not None and not apply_multi_grid(path, checked_grid(multi_grid)) and needed:
+        raise ValueError(
+            f"multi_grid is {list(multi_grid)}, but at output stride {path.strides[-1]} nothing in encoder {name!r} dilates; "
+            "give an output_stride of 8 or 16 and an encoder that can dilate, or leave it out"
+        )
 
 
 def deeplab_v3plus(
@@ -250,6 +282,7 @@ def deeplab_v3plus(
     image_pooling: bool = True,
     dropout: float | None = None,
     variant: str | None = None,
+    multi_grid: Sequence[int] | None = None,
 ) -> SegmentationModel:
     """DeepLab v3+ on any encoder: the pyramid of v3 beside the encoder's map at stride 4. Arguments and errors as in `deeplab_v3`.
 
@@ -259,19 +292,21 @@ def deeplab_v3plus(
         dropout: None: 0.1, and 0.5 with variant "smp".
         variant: "smp": as `DeepLabV3Plus` of segmentation_models.pytorch, with separable convolutions and rates 12, 24, 36, so that its
             checkpoints can be read (`bundle.import_weights`); 12,329,493 parameters on resnet18 for 21 classes.
+        multi_grid: factors on the rates of the encoder's last units; not with variant "smp".
     """
     if variant not in (None, "smp"):
         raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
     path: TimmEncoder | TorchvisionTrunk
     decoder: FineDecoder | SmpDecoder
     if variant == "smp":
-        if not image_pooling:
-            raise ValueError("image_pooling is a part of variant 'smp'. Leave it out")
+        if not image_pooling or multi_grid is not None:
+            raise ValueError("variant 'smp' has image_pooling and no multi_grid. Leave them out")
         path = smp_encoder(encoder, in_channels, encoder_weights, output_stride or 16)
         fine = path.strides.index(4)
         decoder = SmpDecoder((path.channels[fine], path.channels[-1]), classes, width, 0.5 if dropout is None else dropout, fine)
     else:
         path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
+        _spread(path, encoder, multi_grid)
         fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
         decoder = FineDecoder(
             (path.channels[fine], path.channels[-1]),

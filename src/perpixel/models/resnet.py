@@ -75,6 +75,34 @@ class Unit(nn.Module):
         return functional.relu(self.expand(self.convolve(self.reduce(x))) + self.shortcut(x), inplace=True)
 
 
+def checked_grid(multi_grid: Sequence[int] | None) -> Sequence[int]:
+    """Three factors on the rates of a block's units, 1 where None; ValueError for anything else."""
+    grid = (1, 1, 1) if multi_grid is None else multi_grid
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"multi_grid is {tuple(grid)}; it must be three numbers of at least 1, one for each unit of a block")
+    return grid
+
+
+class AtrousCascade(nn.Sequential):
+    """Blocks behind any encoder, each of three bottleneck units, rates doubling from block to block: (N, C, H, W) -> (N, C', H, W).
+
+    Args:
+        channels: C; C' is the next multiple of 4, as a unit gives four times its inner maps.
+        blocks: their number; 3 are the paper's blocks 5 to 7, none gives back what comes.
+        rate: of the first block: 4 behind an encoder at output stride 16, whose own last block has 2.
+        multi_grid: factors on the rates of a block's units.
+
+    On a ResNet-50 they are the paper's copies of block 4, with weights of their own. Source: arXiv:1706.05587, section 3.2 and Fig. 3.
+    """
+
+    def __init__(self, channels: int, blocks: int, rate: int, multi_grid: Sequence[int] = (1, 1, 1)) -> None:
+        inner = -(-channels // 4)
+        rates = [rate * factor << block for block in range(blocks) for factor in multi_grid]
+        super().__init__(*(Unit(channels if n == 0 else 4 * inner, inner, 1, own, "slim", nn.BatchNorm2d) for n, own in enumerate(rates)))
+        self.channels = 4 * inner if blocks else channels
+        initialise(self)
+
+
 class ResNetPath(nn.Module):
     """A dilated ResNet; an `Encoder` whose maps are one at stride 4 and the last one.
 
