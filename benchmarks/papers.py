@@ -4,10 +4,9 @@ python benchmarks/papers.py GROUP --data FOLDER --weights FILE [--steps N] [--ru
 
 Each group trains nets that differ in one thing, by the same plan, seed and number of steps, so that a busy machine changes nothing but the
 time. Scores are on the validation part. Each claim of the paper is a pair of rows: the gain of the second over the first in one score, with
-its 95 % interval over the same images (`perpixel compare`), says whether the claim shows with that budget. Rows that are there already,
-with as many steps, are kept, so that a run that was stopped goes on. Narrow nets leave cores idle: `--jobs` trains as many at once. FOLDER
-holds the sets in the layouts that `perpixel check` prints, FILE is that of mobilenetv2_100. Groups of nets from scratch take camvid at half
-its size, which this script makes.
+its 95 % interval over the same images (`perpixel compare`), says whether the claim shows with that budget. Runs that are in `--runs` go on
+where they were stopped. Narrow nets leave cores idle: `--jobs` trains as many at once. FOLDER holds the sets in the layouts that
+`perpixel check` prints, FILE is that of mobilenetv2_100. Groups of nets from scratch take camvid at half its size, which this script makes.
 """
 
 import argparse
@@ -16,14 +15,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from record import RESULTS, write
+from record import write
 
 from perpixel.compare import Pairing, compare
 
@@ -169,17 +167,17 @@ def halved_camvid(data: Path, out: Path) -> Path:
 
 
 def trained(group: Group, words: list[str], given: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """One net, by the command a person would type."""
+    """Scores of one net, trained by the command a person would type; a run that is there goes on, or is read."""
     images = halved_camvid(given.data, given.runs / group.data) if group.data == "camvid-half" else given.data / group.data
-    command = [sys.executable, "-m", "perpixel", "train", str(images), "-o", str(out), "--steps", str(given.steps), *words]
+    command = [sys.executable, "-m", "perpixel", "train", str(images), "-o", str(out), "--resume", "--steps", str(given.steps), *words]
     command += settings("model.encoder=mobilenetv2_100", f"model.encoder_weights={given.weights}") if group.encoder else []
-    start = time.monotonic()
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // given.jobs))} if given.jobs > 1 else {}
     subprocess.run([*command, *settings("train.report=false", "train.validations=3")], check=True, env=os.environ | threads)
     scores = json.loads((out / "evaluation.json").read_text())
     kept = {key: scores[key] for key in ("pixel_accuracy", "mean_accuracy", "miou", "fwiou")}
     boundary = scores.get("boundary", {})
-    return {**kept, "bf": boundary.get("bf"), "trimap": boundary.get("trimap"), "minutes": round((time.monotonic() - start) / 60, 1)}
+    minutes = float((out / "metrics.csv").read_text().splitlines()[-1].split(",")[1]) / 60
+    return {**kept, "bf": boundary.get("bf"), "trimap": boundary.get("trimap"), "minutes": round(minutes, 1)}
 
 
 def verdict(found: Pairing, score: str) -> dict[str, Any]:
@@ -214,19 +212,14 @@ def main() -> None:
     given.runs = given.runs or Path(tempfile.mkdtemp())
     group, rows = GROUPS[given.group], dict[str, dict[str, Any]]()
     folders = {row: given.runs / f"{given.group} {row} {given.steps}".replace(" ", "-").replace(",", "") for row in group.rows}
-    file = RESULTS / f"papers-{given.group}.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    if before.get("steps") == given.steps:
-        rows = {row: before["rows"][row] for row in group.rows if row in before["rows"] and (folders[row] / "evaluation.json").exists()}
     if group.data == "camvid-half":
         halved_camvid(given.data, given.runs / group.data)
     with ThreadPoolExecutor(given.jobs) as pool:
-        missing = {pool.submit(trained, group, words, given, folders[row]): row for row, words in group.rows.items() if row not in rows}
-        for done in as_completed(missing):
-            row = missing[done]
+        nets = {pool.submit(trained, group, words, given, folders[row]): row for row, words in group.rows.items()}
+        for done in as_completed(nets):
+            row = nets[done]
             rows[row] = {"settings": group.rows[row], **done.result()}
             write_group(given, group, rows, folders)
-    write_group(given, group, rows, folders)
 
 
 if __name__ == "__main__":
