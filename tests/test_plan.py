@@ -160,6 +160,12 @@ def test_workers_are_for_a_gpu_and_leave_a_core_for_the_loop():
         assert 0 <= plan(a_check(), dataclasses.replace(SERVER, cores=cores), {})[0].train.workers < max(2, cores)
 
 
+def test_augmentation_runs_on_the_device_where_there_is_a_gpu_unless_told_otherwise():
+    assert plan(a_check(), SERVER, {})[0].train.augment_on_device
+    assert not plan(a_check(), LAPTOP, {})[0].train.augment_on_device
+    assert not plan(a_check(), SERVER, {"train": {"augment_on_device": False}})[0].train.augment_on_device
+
+
 def test_a_gpu_gets_crops_and_batches_no_smaller_than_a_processor():
     report = a_check(size=(3000, 3000))
     large, small = plan(report, SERVER, {})[0].train, plan(report, LAPTOP, {})[0].train

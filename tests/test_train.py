@@ -96,6 +96,14 @@ def test_a_run_stopped_within_a_process_goes_on_bit_identically_for_each_optimiz
         assert same(tmp_path / "whole" / name, tmp_path / "stopped" / name)
 
 
+def test_images_made_on_the_device_train_the_same_weights(sample_set, tmp_path, tiny_settings):
+    settings = [*tiny_settings, "train.augment.rotation=20", "train.augment.hue=0.1", "train.batch_norm_pass=true"]
+    for name in ("false", "true"):
+        asked = [*settings, f"train.augment_on_device={name}"]
+        train(sample_set / "images", sample_set / "masks", out=tmp_path / name, steps=6, settings=asked)
+    assert same(tmp_path / "false" / "last.safetensors", tmp_path / "true" / "last.safetensors")
+
+
 def test_a_resumed_run_keeps_its_recipe(sample_set, run):
     with pytest.raises(ValueError, match=r"recipe\.yaml says otherwise about train\.lr\."):
         train(sample_set / "images", sample_set / "masks", out=run, resume=True, settings=["train.lr=0.5"])

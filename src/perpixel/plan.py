@@ -240,7 +240,8 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     fits = decoded < machine.memory / 4
     choices.take("train.cache", fits, f"decoded, the set takes {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
     workers = min(8, machine.cores - 1) if machine.gpu else 0
-    choices.take("train.workers", workers, "they augment while the GPU works" if workers else "the cores are busy with the network")
+    choices.take("train.workers", workers, "they read and cut while the GPU works" if workers else "the cores are busy with the network")
+    choices.take("train.augment_on_device", machine.gpu is not None, "a GPU resamples fastest" if machine.gpu else "there is no GPU")
 
 
 def _batch(machine: Machine) -> tuple[int, str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from itertools import islice
@@ -22,11 +22,11 @@ from perpixel import __version__
 from perpixel.bundle import Card, TemperatureCard, load_bundle, read_tensors, save_bundle, save_tensors, start_from_bundle
 from perpixel.calibrate import PixelSample, fitted
 from perpixel.check import Check
-from perpixel.data.dataset import LabelledImages, SampleStream, collate, sample_numbers
+from perpixel.data.dataset import Batch, LabelledImages, RenderedBatches, SampleStream, collate, sample_numbers
 from perpixel.data.display import overlay, to_display
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
-from perpixel.data.transforms import Augmentation, Normalize
+from perpixel.data.transforms import Augmentation, Cut, Normalize
 from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, Observer, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
@@ -128,12 +128,15 @@ class Run:
             ignore=self.label_map.ignore,
             **section.augment.model_dump(),
         )
-        return SampleStream(self.train_images, augmentation, section.seed)
+        return SampleStream(self.train_images, augmentation, section.seed, cut=section.augment_on_device)
 
     def _first_images(self, count: int = 32) -> Iterator[Tensor]:
         """The first augmented images, normalised, one by one."""
+        stream, device = self.stream, self.fabric.device
         for number in range(count):
-            yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
+            image = stream[number][0]
+            made = stream.augmentation.render(image, device) if isinstance(image, Cut) else image.to(device)
+            yield self.normalize(made)[None]
 
     def _batch_norm_pass(self) -> None:
         """Statistics of batch norm of the scored model, from the first epoch's images in whole batches.
@@ -143,7 +146,7 @@ class Run:
         torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
         batches = -(-len(self.train_images) // self.section.batch)
         with self.fabric.autocast():
-            measure_batch_norm(self.scored, (self._pixels(images) for images, _, _ in islice(self.loader(0), batches)))
+            measure_batch_norm(self.scored, (self._pixels(images) for images, _, _ in islice(self.batches(0), batches)))
         if self.fabric.world_size > 1:
             for norm in batch_norms(self.scored):
                 for statistic in (norm.running_mean, norm.running_var):
@@ -155,17 +158,18 @@ class Run:
         """Images of the stream as the model sees them."""
         return self.normalize(images.to(self.fabric.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
-    def loader(self, first_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor | None]]:
+    def batches(self, first_step: int) -> Iterable[Batch]:
         """The endless stream of this process's shares of the batches from `first_step` on."""
-        section = self.section
+        section, device = self.section, self.fabric.device
         numbers = sample_numbers(first_step, section.batch, self.fabric.global_rank, self.fabric.world_size)
-        return DataLoader(
+        loader = DataLoader(
             self.stream,
             batch_sampler=_Endless(numbers),
             num_workers=section.workers,
             collate_fn=collate,
-            pin_memory=self.fabric.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
+        return RenderedBatches(loader, self.stream.augmentation, device) if section.augment_on_device else loader
 
     def train_step(self, images: Tensor, labels: Tensor, weights: Tensor | None, rate: float) -> float:
         """One update; returns the cost of this process's share of the batch."""

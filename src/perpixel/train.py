@@ -116,7 +116,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     if place.finished:
         return Outcome(out, recipe, place.step, place.best_step, place.scores)
     with TrainingLog(out, console, section, place.step, writes=fabric.is_global_zero) as log:
-        for images, labels, weights in log.waiting(run.loader(place.step)):
+        for images, labels, weights in log.waiting(run.batches(place.step)):
             progress = fabric.broadcast(clock.progress(place.step))
             if progress >= 1:
                 break

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms.v2 import functional as vision
 
 from perpixel.data.transforms import DRAWS, Augmentation, Normalize, elastic_displacement
@@ -39,6 +40,26 @@ def positions(height: int, width: int) -> tuple[Tensor, Tensor]:
     """An image whose two bands are row and column, and labels that number the pixels: both say where they come from."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((rows, columns)).float(), rows * width + columns
+
+
+# On a device
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("steps", [{}, {"scale": (0.3, 3.0)}, DEFORMED, EVERYTHING])
+def test_all_that_follows_the_cut_happens_on_the_device_and_waits_for_nothing(kind, steps):
+    """A stand-in for a GPU: tensors without values, which raise where a value is asked for or two devices are mixed."""
+    image, labels = picture(70, 90).to(kind), torch.zeros(70, 90, dtype=torch.int64)
+    augmentation = Augmentation(crop=(40, 48), **steps)
+    for seed in range(8):
+        cut = augmentation.cut(image, labels, generator(seed))[0]
+        with FakeTensorMode(allow_non_fake_inputs=True) as device:
+            there = cut._replace(region=device.from_tensor(cut.region), grid=None if cut.grid is None else device.from_tensor(cut.grid))
+            made = augmentation.render(there, "cuda")
+            with pytest.raises(DataDependentOutputException):  # the stand-in does notice
+                float(made.to(torch.float32).mean())
+        assert (made.device.type, made.shape) == ("cuda", (3, 40, 48))
+        assert made.dtype == (torch.uint8 if kind == torch.uint8 else torch.float32)
 
 
 # Normalize

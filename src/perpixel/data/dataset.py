@@ -1,9 +1,10 @@
 """Pairs of image and mask as tensors, read once; and the endless stream of augmented samples, a pure function of (seed, number)."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from perpixel.data.images import FULL_SCALE, Picture, read_image
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap, read_mask
-from perpixel.data.transforms import Augmentation
+from perpixel.data.transforms import Augmentation, Cut
 
 
 @dataclass(frozen=True)
@@ -108,20 +109,29 @@ class LabelledImages(Dataset[Example]):
         return Example(torch.from_numpy(image), torch.from_numpy(labels), weights, pair.image.name)
 
 
-class SampleStream(Dataset[tuple[Tensor, Tensor, Tensor | None]]):
+Sample = tuple[Tensor | Cut, Tensor, Tensor | None]
+Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+class SampleStream(Dataset[Sample]):
     """Sample `number` of an endless, shuffled, augmented stream: a pure function of (seed, number), whatever came before.
 
-    Every image comes once per epoch of len(images) numbers.
+    Every image comes once per epoch of len(images) numbers. With `cut`, images come as what they are to be made from (`Cut`).
     """
 
-    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int) -> None:
-        self.images, self.augmentation, self.seed = images, augmentation, seed
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int, cut: bool = False) -> None:
+        self.images, self.augmentation, self.seed, self.cut = images, augmentation, seed, cut
         self._orders: dict[int, list[int]] = {}  # of the epochs in use; a plain dict, so that worker processes can be handed a copy
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __getitem__(self, number: int) -> Sample:
         epoch, place = divmod(number, len(self.images))
         example = self.images[self._order(epoch)[place]]
-        return self.augmentation(example.image, example.labels, _generator(self.seed, 1, number), example.weights)
+        given = (example.image, example.labels, _generator(self.seed, 1, number), example.weights)
+        if not self.cut:
+            return self.augmentation(*given)
+        cut, labels, weights = self.augmentation.cut(*given)
+        # A copy: a view would take its whole picture along to another process.
+        return cut._replace(region=cut.region.clone(memory_format=torch.contiguous_format)), labels, weights
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -131,10 +141,57 @@ class SampleStream(Dataset[tuple[Tensor, Tensor, Tensor | None]]):
         return self._orders[epoch]
 
 
-def collate(samples: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Samples to a batch: images (N, C, h, w), labels (N, h, w), weights (N, h, w) or None."""
+def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Cut], Tensor, Tensor | None]:
+    """Samples to a batch: images (N, C, h, w), labels (N, h, w), weights (N, h, w) or None; cuts, which differ in size, stay a list."""
     images, labels, weights = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels), None if weights[0] is None else torch.stack([w for w in weights if w is not None])
+    cuts = [image for image in images if isinstance(image, Cut)]
+    return cuts or torch.stack(images), torch.stack(labels), None if weights[0] is None else torch.stack(weights)
+
+
+class RenderedBatches:
+    """Batches of cuts as batches of images made on a device, in a thread and a stream of their own, one ahead of the training step.
+
+    Labels and weights are moved there too. So the processor's cores only read and cut, and the device resamples between two steps' work.
+
+    Args:
+        loader: batches of `collate` over a stream with `cut`.
+        augmentation: of that stream.
+        device: where the images are made and wanted.
+    """
+
+    def __init__(self, loader: Iterable[Any], augmentation: Augmentation, device: torch.device) -> None:
+        self.loader, self.augmentation, self.device = loader, augmentation, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        cuts = iter(self.loader)
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self._next, cuts)
+            while (batch := coming.result()) is not None:
+                coming = ahead.submit(self._next, cuts)
+                yield self._handed_over(batch)
+
+    def _next(self, cuts: Iterator[Any]) -> Batch | None:
+        """The next batch, its work queued on the device; None at the end."""
+        batch = next(cuts, None)
+        if batch is None:
+            return None
+        images, labels, weights = batch
+        with torch.cuda.stream(self.stream):  # does nothing where there is none
+            made = torch.stack([self.augmentation.render(cut, self.device) for cut in images])
+            labels = labels.to(self.device, non_blocking=True)
+            weights = None if weights is None else weights.to(self.device, non_blocking=True)
+        if self.stream is not None:
+            self.stream.synchronize()  # this thread waits, so that the pinned memory is free and the next step need not
+        return made, labels, weights
+
+    def _handed_over(self, batch: Batch) -> Batch:
+        """The batch, its memory kept from reuse until the step that gets it is done with it."""
+        if self.stream is not None:
+            for part in batch:
+                if part is not None:
+                    part.record_stream(torch.cuda.current_stream(self.device))
+        return batch
 
 
 def sample_numbers(first_step: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ Labels and weights are only ever picked (nearest neighbour): no value appears th
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,18 @@ class Window:
     left: int
     height: int
     width: int
+
+
+class Cut(NamedTuple):
+    """What the image of a sample is made from; a tuple, so that `DataLoader` can put its tensors in pinned memory."""
+
+    region: Tensor  # (C, h, w) uint8 or float32, cut from the picture
+    size: tuple[int, int]  # that it is resized to
+    grid: Tensor | None  # (h, w, 2): where each pixel is then taken from, from -1 to 1 across and down; None: it is the crop
+    flips: list[int]
+    turns: int
+    limit: float | None  # of the picture's values
+    colour: list[float]  # uniform numbers
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,14 @@ class Augmentation:
         Raises:
             ValueError: if the shapes do not belong together.
         """
+        cut, labels, weights = self.cut(image, labels, rng, weights)
+        return self.render(cut), labels, weights
+
+    def cut(self, image: Tensor, labels: Tensor, rng: torch.Generator, weights: Tensor | None = None) -> tuple[Cut, Tensor, Tensor | None]:
+        """The cheap half of `__call__`, on the CPU: all that is drawn, the pixels that the crop is made from, the finished labels.
+
+        Arguments and errors as there. `render` makes the image of it, on any device.
+        """
         self._check(image, labels, weights)
         draw = torch.rand(DRAWS, generator=rng).tolist()
         turns = int(draw[0] * 4) if self.rotate90 else 0
@@ -166,17 +187,32 @@ class Augmentation:
         size = self.crop if turns % 2 == 0 else (self.crop[1], self.crop[0])
         window = self._window(labels, size, draw[1:7])
         fields = [(labels, self.ignore)] if weights is None else [(labels, self.ignore), (weights, 0)]
-        limit = LIMITS.get(image.dtype)
+        grid = None
         if self.rotation or self.elastic_sigma:
             rows, columns = self._positions(window, size, math.radians(self.rotation) * (2 * draw[7] - 1), rng)
-            taken = _warp(image, rows, columns, (window.height / size[0], window.width / size[1]))
+            step, window = (window.height / size[0], window.width / size[1]), _seen(rows, columns)
+            small = [max(1, round(side / max(1.0, by))) for side, by in zip((window.height, window.width), step, strict=True)]
+            grid = _sampling_grid(rows, columns, window)
         else:
             rows, columns = _sources(window.top, window.height, size[0])[:, None], _sources(window.left, window.width, size[1])[None]
-            taken = _resize(_region(image, window), size)
+            small = list(size)
         picked = [_pick(field, self._inner(rows), self._inner(columns), outside) for field, outside in fields]
         flips = [axis for axis, wanted, u in ((-2, self.flip_vertical, draw[8]), (-1, self.flip_horizontal, draw[9])) if wanted and u < 0.5]
-        taken, *picked = [torch.rot90(x.flip(flips) if flips else x, turns, (-2, -1)).contiguous() for x in (taken, *picked)]
-        return self._colour(taken, limit, draw[10:14]), picked[0], picked[1] if weights is not None else None
+        picked = [_turned(field, flips, turns) for field in picked]
+        cut = Cut(_region(image, window), (small[0], small[1]), grid, flips, turns, LIMITS.get(image.dtype), draw[10:14])
+        return cut, picked[0], picked[1] if weights is not None else None
+
+    def render(self, cut: Cut, device: torch.device | str = "cpu") -> Tensor:
+        """The image (C, *crop) of a `cut`, made on `device`; it waits for nothing there.
+
+        A GPU's resampling rounds otherwise than a processor's: values differ by one step of the image's type at most, here and there.
+        """
+        region = cut.region.to(device, non_blocking=True)
+        # Zooming out, too, shrinks with the resizer's low-pass first, because bilinear sampling at wide steps would alias.
+        taken = region if region.shape[-2:] == cut.size else _resize(region, cut.size)
+        if cut.grid is not None:
+            taken = _sampled(taken, cut.grid.to(device, non_blocking=True))
+        return self._colour(_turned(taken, cut.flips, cut.turns), cut.limit, cut.colour)
 
     def _check(self, image: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         shapes = [tuple(labels.shape)] + ([] if weights is None else [tuple(weights.shape)])
@@ -247,10 +283,11 @@ class Augmentation:
         mixing = saturation * torch.eye(bands) + (1 - saturation) * luma.expand(bands, bands)
         if shifts[3]:
             mixing = _hue_rotation(2 * math.pi * shifts[3]) @ mixing
+        device = image.device
         values = image.to(torch.float32).flatten(1)
         # Grey is left as it is by saturation and hue, so contrast's mean grey passes through as one constant.
-        grey = float(luma @ values.mean(1)) * brightness * (1 - contrast)
-        changed = torch.addmm(torch.full((bands, 1), grey), mixing * (brightness * contrast), values)
+        grey = (luma.to(device) @ values.mean(1)) * (brightness * (1 - contrast))
+        changed = torch.addmm(grey.expand(bands, 1), (mixing * (brightness * contrast)).to(device), values)
         if limit is not None:
             changed.clamp_(0, limit)
         return (changed.round_().to(torch.uint8) if image.dtype == torch.uint8 else changed).view_as(image)
@@ -332,20 +369,27 @@ def _resize(region: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(region, list(size), InterpolationMode.BILINEAR, antialias=True)
 
 
-def _warp(image: Tensor, rows: Tensor, columns: Tensor, step: tuple[float, float]) -> Tensor:
-    """The image (C, h, w) at fractional positions (h, w); `step` source pixels per pixel of the crop, down and across."""
+def _seen(rows: Tensor, columns: Tensor) -> Window:
+    """The rectangle of source pixels that bilinear sampling at these positions touches."""
     top, left = math.floor(rows.min()), math.floor(columns.min())
-    window = Window(top, left, math.ceil(rows.max()) - top + 1, math.ceil(columns.max()) - left + 1)
-    region = _region(image, window)
-    # Zooming out: shrink with the resizer's low-pass first, because bilinear sampling at wide steps would alias.
-    small = [max(1, round(side / max(1.0, by))) for side, by in zip(region.shape[-2:], step, strict=True)]
-    if small != list(region.shape[-2:]):
-        region = _resize(region, (small[0], small[1]))
-    grid = torch.stack(((columns - left + 0.5) * (2 / window.width) - 1, (rows - top + 0.5) * (2 / window.height) - 1), dim=-1)
-    taken = functional.grid_sample(region.to(torch.float32)[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[
-        0
-    ]
-    return taken.round_().clamp_(0, 255).to(torch.uint8) if region.dtype == torch.uint8 else taken
+    return Window(top, left, math.ceil(rows.max()) - top + 1, math.ceil(columns.max()) - left + 1)
+
+
+def _sampling_grid(rows: Tensor, columns: Tensor, window: Window) -> Tensor:
+    """(h, w, 2) for `grid_sample` on the window, whatever size that is resized to: pixels as areas."""
+    across = (columns - window.left + 0.5) * (2 / window.width) - 1
+    return torch.stack((across, (rows - window.top + 0.5) * (2 / window.height) - 1), dim=-1)
+
+
+def _sampled(region: Tensor, grid: Tensor) -> Tensor:
+    """The region (C, h, w) at the places of the grid (h', w', 2), in its own type."""
+    taken = functional.grid_sample(region.to(torch.float32)[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)
+    return taken[0].round_().clamp_(0, 255).to(torch.uint8) if region.dtype == torch.uint8 else taken[0]
+
+
+def _turned(x: Tensor, flips: list[int], turns: int) -> Tensor:
+    """Mirrored along the axes, then turned by so many quarters; contiguous."""
+    return torch.rot90(x.flip(flips) if flips else x, turns, (-2, -1)).contiguous()
 
 
 def _hue_rotation(angle: float) -> Tensor:
