@@ -109,7 +109,7 @@ def segnet_rows() -> dict[str, list[str]]:
     """Table 1's decoders on the narrow SegNet-Basic, with and without balancing."""
     words = ["--recipe", "segnet_basic_paper", "--fast"]
     words += settings("model.options.width=16", "train.crop=[180, 240]", "train.lr=0.03", "train.loss=[{name: cross_entropy}]")
-    words += settings("train.batch_norm_pass=true", "train.augment.scale=[1.0, 1.0]", *(f"train.augment.{name}=0.0" for name in PLAIN))
+    words += settings("train.augment.scale=[1.0, 1.0]", *(f"train.augment.{name}=0.0" for name in PLAIN))
     return {
         f"{variant}, {weights}": [*words, *settings(f"model.options.variant={variant}", f"train.class_weights={weights}")]
         for weights in BALANCED

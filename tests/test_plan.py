@@ -349,3 +349,13 @@ def test_statistics_that_are_measured_at_the_end_are_not_frozen():
     given = {"model": {"name": "segnet_paper", "encoder_weights": True}, "train": {"batch_norm_pass": True}}
     recipe, _ = plan(a_check(), LAPTOP, given)
     assert not recipe.train.freeze_batch_norm
+
+
+@pytest.mark.parametrize("name", ["segnet", "segnet_basic_paper", "bayesian_segnet_basic_paper"])
+def test_segnet_s_batch_norm_is_measured_before_it_is_scored_unless_it_is_frozen(name):
+    """SegNet-SingleChannelDecoder on camvid scored a mean IoU of 0.06 on moving averages, and 0.38 once they were measured."""
+    assert plan(a_check(), LAPTOP, {"model": {"name": name}})[0].train.batch_norm_pass
+    frozen = plan(a_check(), LAPTOP, {"model": {"name": name}, "train": {"freeze_batch_norm": True}})[0].train
+    assert frozen.freeze_batch_norm
+    assert not frozen.batch_norm_pass
+    assert not plan(a_check(), LAPTOP, {"model": {"name": "unet"}})[0].train.batch_norm_pass

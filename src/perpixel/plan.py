@@ -292,6 +292,8 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     few = choices.taken["train"]["batch"] < 16 and not _given(choices.given, "train.batch_norm_pass")
     why = "the encoder's statistics are better than those of so few crops" if pretrained and few else "statistics of the batches"
     choices.take("train.freeze_batch_norm", bool(pretrained and few), why)
+    if "segnet" in model["name"] and not choices.taken["train"]["freeze_batch_norm"]:
+        choices.take("train.batch_norm_pass", True, "unpooled maps are sparse, so moving averages of their statistics can be far off")
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
     uneven = min(shares) < 0.1 / len(shares)
