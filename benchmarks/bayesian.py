@@ -3,8 +3,8 @@
 python benchmarks/bayesian.py --data FOLDER [--steps 300] [--images 40] [--samples 1 2 4 8 16 32] [--runs FOLDER]
 
 Kendall et al. 2015, arXiv:1511.02680: the mean of samples with dropout beats "weight averaging" (dropout off) from about 6 samples on,
-gains little after 40, and pixels that the samples agree about are labelled better. FOLDER holds camvid; the net is Bayesian SegNet-Basic
-of width 32 from scratch on camvid at half its size, with today's training, so that two cores can do it. Scores are those of evenly spread
+gains little after 40, and pixels that the samples agree about are labelled better. FOLDER holds camvid; the net is Bayesian SegNet-Basic,
+narrow and from scratch on camvid at half its size, as SegNet's rows in papers.py, so that two cores can do it. Scores are those of evenly spread
 images of the validation part; the gain over dropout off has its 95 % interval over them.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from record import write
 
-from papers import halved_camvid, settings
+from papers import halved_camvid, narrow_segnet, settings
 from perpixel.check import check
 from perpixel.data.images import read_image
 from perpixel.data.masks import read_mask
@@ -34,8 +34,8 @@ def trained(images: Path, run: Path, steps: int) -> Path:
     """The bundle of the command that a person would type; kept where it is there already."""
     if not (run / "evaluation.json").exists():
         words = [sys.executable, "-m", "perpixel", "train", str(images), "-o", str(run), "--steps", str(steps), "--resume"]
-        words += ["--recipe", "bayesian_segnet_basic_paper", "--fast"]
-        words += settings("model.options.width=32", "train.crop=[180, 240]", "train.lr=0.01", "train.report=false", "train.validations=3")
+        words += narrow_segnet("bayesian_segnet_basic_paper")
+        words += settings("train.class_weights=median_frequency", "train.report=false", "train.validations=3")
         subprocess.run(words, check=True)
     return run / "best.safetensors"
 
@@ -97,7 +97,7 @@ def main() -> None:
     runs = given.runs or Path(tempfile.mkdtemp())
     images = halved_camvid(given.data, runs / "camvid-half")
     bundle = trained(images, runs / f"bayesian {given.steps}".replace(" ", "-"), given.steps)
-    write("bayesian-camvid", {"steps": given.steps, **measured(bundle, images, given.images, given.samples)})
+    write("bayesian-camvid", {"steps": given.steps, "width": 16, **measured(bundle, images, given.images, given.samples)})
 
 
 if __name__ == "__main__":

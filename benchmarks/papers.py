@@ -105,11 +105,16 @@ BALANCED = ("median_frequency", "none")
 PLAIN = ("brightness", "contrast", "saturation", "hue", "rare_class_probability")
 
 
+def narrow_segnet(recipe: str) -> list[str]:
+    """A SegNet-Basic that two cores can train: width 16, the paper's loss and images (but for flips), today's optimiser and schedule."""
+    words = settings("model.options.width=16", "train.crop=[180, 240]", "train.lr=0.03", "train.loss=[{name: cross_entropy}]")
+    words += settings("train.augment.scale=[1.0, 1.0]", *(f"train.augment.{name}=0.0" for name in PLAIN))
+    return ["--recipe", recipe, "--fast", *words]
+
+
 def segnet_rows() -> dict[str, list[str]]:
     """Table 1's decoders on the narrow SegNet-Basic, with and without balancing."""
-    words = ["--recipe", "segnet_basic_paper", "--fast"]
-    words += settings("model.options.width=16", "train.crop=[180, 240]", "train.lr=0.03", "train.loss=[{name: cross_entropy}]")
-    words += settings("train.augment.scale=[1.0, 1.0]", *(f"train.augment.{name}=0.0" for name in PLAIN))
+    words = narrow_segnet("segnet_basic_paper")
     return {
         f"{variant}, {weights}": [*words, *settings(f"model.options.variant={variant}", f"train.class_weights={weights}")]
         for weights in BALANCED

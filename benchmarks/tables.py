@@ -1,9 +1,12 @@
 """Writes docs/results.md from benchmarks/results/*.json, so that no figure in the docs is typed by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
+Run = dict[str, Any]
 SCORE_NAMES = {"miou": "mIoU", "bf": "BF", "mean_accuracy": "class average", "pixel_accuracy": "global"}
 HEAD = """# Results
 
@@ -12,11 +15,21 @@ Scores are on the validation part of each set, from the bundle `best.safetensors
 """
 
 
+def read(pattern: str) -> dict[str, Run]:
+    """The result files of this pattern that are there, by the part of their names that the star stands for."""
+    before, _, _ = pattern.partition("*")
+    return {path.stem.removeprefix(before): json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{pattern}.json"))}
+
+
+def each(pattern: str, draw: Callable[[str, Run], str]) -> list[str]:
+    """What `draw` makes of each of these files: nothing of those that have not been made."""
+    return [draw(name, run) for name, run in read(pattern).items()]
+
+
 def accuracy() -> str:
     """One row per set of accuracy.py."""
     lines = ["| set | command | machine | asked | reached | wall-clock | note |", "|---|---|---|---|---|---|---|"]
-    for path in sorted((HERE / "results").glob("accuracy-*.json")):
-        row = json.loads(path.read_text())
+    for row in read("accuracy-*").values():
         asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items()) or "-"
         reached = ", ".join(f"{key} **{value:.3f}**" for key, value in row["reached"].items())
         minutes = f"{row['seconds_whole_command'] / 60:.1f} min"
@@ -27,46 +40,40 @@ def accuracy() -> str:
 def classes() -> str:
     """IoU of each class of each set."""
     parts = []
-    for path in sorted((HERE / "results").glob("accuracy-*.json")):
-        row = json.loads(path.read_text())
-        each = ", ".join(f"{name} {'-' if iou is None else format(iou, '.2f')}" for name, iou in row["iou"].items())
-        parts.append(f"**{path.stem.removeprefix('accuracy-')}**: {each}")
+    for name, row in read("accuracy-*").items():
+        scores = ", ".join(f"{title} {'-' if iou is None else format(iou, '.2f')}" for title, iou in row["iou"].items())
+        parts.append(f"**{name}**: {scores}")
     return "\n\n".join(parts)
 
 
-def refinement() -> str:
-    """One table per set of refinement.py."""
-    parts = []
-    for path in sorted((HERE / "results").glob("refinement-*.json")):
-        run = json.loads(path.read_text())
-        widths = ("1", "3", "10", "40")
-        columns = ["unary", "refiner", "label costs", "candidates", "global", "average", "mIoU", "gain", *(f"trimap {w}" for w in widths)]
-        lines = [
-            f"## Refinement on {run['set']}",
-            "",
-            f"`benchmarks/refinement.py` on {run['machine']}, {run['minutes_per_refiner']} minutes of search for each row; validation "
-            "images, each half refined by what was best on the other half. Trimap: pixel accuracy within so many pixels of a change "
-            "of label. The gain in mIoU has its 95 % interval over the images.",
-            "",
-            f"| {' | '.join(columns)} |",
-            "|---" * len(columns) + "|",
-        ]
-        for row in run["rows"]:
-            gain = "-"
-            if "miou_gain" in row:
-                value, low, high = (100 * x for x in row["miou_gain"])
-                gain = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-            words = [f"{row['unary']} ({row['model']})", row["refiner"], row.get("label_costs", "-"), str(row.get("candidates", "-"))]
-            figures = [f"{100 * row[key]:.1f}" for key in ("global", "average", "miou")]
-            bands = [f"{100 * row['trimap'][width]:.1f}" for width in widths]
-            lines.append(f"| {' | '.join([*words, *figures, gain, *bands])} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join([*parts, ""])
+def refinement(name: str, run: Run) -> str:
+    """The table of refinement.py for one set."""
+    widths = ("1", "3", "10", "40")
+    columns = ["unary", "refiner", "label costs", "candidates", "global", "average", "mIoU", "gain", *(f"trimap {w}" for w in widths)]
+    lines = [
+        f"## Refinement on {run['set']}",
+        "",
+        f"`benchmarks/refinement.py` on {run['machine']}, {run['minutes_per_refiner']} minutes of search for each row; validation "
+        "images, each half refined by what was best on the other half. Trimap: pixel accuracy within so many pixels of a change "
+        "of label. The gain in mIoU has its 95 % interval over the images.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for row in run["rows"]:
+        gain = "-"
+        if "miou_gain" in row:
+            value, low, high = (100 * x for x in row["miou_gain"])
+            gain = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+        words = [f"{row['unary']} ({row['model']})", row["refiner"], row.get("label_costs", "-"), str(row.get("candidates", "-"))]
+        figures = [f"{100 * row[key]:.1f}" for key in ("global", "average", "miou")]
+        bands = [f"{100 * row['trimap'][width]:.1f}" for width in widths]
+        lines.append(f"| {' | '.join([*words, *figures, gain, *bands])} |")
+    return "\n".join([*lines, ""])
 
 
-def upper_bounds() -> str:
+def upper_bounds(_: str, run: Run) -> str:
     """One row per set and way of upper_bounds.py."""
-    run = json.loads((HERE / "results" / "upper-bounds.json").read_text())
     factors = run["paper_pascal_voc"]
     lines = [
         "## What coarse scores allow",
@@ -84,12 +91,8 @@ def upper_bounds() -> str:
     return "\n".join([*lines, ""])
 
 
-def dense_crf() -> str:
-    """One row per scene of speed_crf.py with its most labels; nothing before it has been run."""
-    path = HERE / "results" / "speed-crf.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def dense_crf(_: str, run: Run) -> str:
+    """One row per scene of speed_crf.py with its most labels."""
     lines = [
         "## Dense CRF on a processor, beside pydensecrf",
         "",
@@ -106,12 +109,8 @@ def dense_crf() -> str:
     return "\n".join([*lines, ""])
 
 
-def speed() -> str:
-    """One row per comparison of speed.py, and how it was measured; nothing before it has been run."""
-    path = HERE / "results" / "speed-forward.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def speed(_: str, run: Run) -> str:
+    """One row per comparison of speed.py, and how it was measured."""
     pairs, (height, width) = run["rows"][0]["pairs"], run["size"]
     lines = [
         "## Speed beside other libraries",
@@ -130,39 +129,31 @@ def speed() -> str:
     return "\n".join([*lines, ""])
 
 
-def papers() -> str:
-    """One table per group of papers.py: the paper's claims, ours, the verdict; then the rows."""
-    parts = []
-    for path in sorted((HERE / "results").glob("papers-*.json")):
-        run = json.loads(path.read_text())
-        lines = [
-            f"## The papers' comparisons: {path.stem.removeprefix('papers-')}",
-            "",
-            f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, {run['network']}; same plan and seed. The "
-            f"gain on the validation images of {run['set']} has its 95 % interval over the images.",
-            "",
-            "| from | to | score | the paper | our gain in points | verdict |",
-            "|---|---|---|---|---|---|",
-        ]
-        for claim in run["claims"]:
-            gain = f"{100 * claim['gain']:+.1f} ({100 * claim['low']:+.1f} to {100 * claim['high']:+.1f})"
-            score = SCORE_NAMES[claim.get("score", "miou")]
-            lines.append(f"| {claim['worse']} | {claim['better']} | {score} | {claim['paper']} | {gain} | **{claim['verdict']}** |")
-        lines += ["", "| net | global | class average | mIoU | BF | minutes |", "|---|---|---|---|---|---|"]
-        for name, row in run["rows"].items():
-            figures = [f"{100 * row[key]:.1f}" for key in ("pixel_accuracy", "mean_accuracy", "miou")]
-            bf = "-" if row["bf"] is None else f"{100 * row['bf']:.1f}"
-            lines.append(f"| {name} | {' | '.join(figures)} | {bf} | {row['minutes']} |")
-        parts.append("\n".join([*lines, ""]))
-    return "\n".join(parts)
+def papers(name: str, run: Run) -> str:
+    """A group of papers.py: the paper's claims, ours, the verdict; then the rows."""
+    lines = [
+        f"## The papers' comparisons: {name}",
+        "",
+        f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, {run['network']}; same plan and seed. The "
+        f"gain on the validation images of {run['set']} has its 95 % interval over the images.",
+        "",
+        "| from | to | score | the paper | our gain in points | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in run["claims"]:
+        gain = f"{100 * claim['gain']:+.1f} ({100 * claim['low']:+.1f} to {100 * claim['high']:+.1f})"
+        score = SCORE_NAMES[claim.get("score", "miou")]
+        lines.append(f"| {claim['worse']} | {claim['better']} | {score} | {claim['paper']} | {gain} | **{claim['verdict']}** |")
+    lines += ["", "| net | global | class average | mIoU | BF | minutes |", "|---|---|---|---|---|---|"]
+    for net, row in run["rows"].items():
+        figures = [f"{100 * row[key]:.1f}" for key in ("pixel_accuracy", "mean_accuracy", "miou")]
+        bf = "-" if row["bf"] is None else f"{100 * row['bf']:.1f}"
+        lines.append(f"| {net} | {' | '.join(figures)} | {bf} | {row['minutes']} |")
+    return "\n".join([*lines, ""])
 
 
-def few_images() -> str:
-    """Rows of unet_isbi.py; nothing before it has been run."""
-    path = HERE / "results" / "unet-isbi2012.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def few_images(_: str, run: Run) -> str:
+    """Rows of unet_isbi.py."""
     scores = {
         "pixel_error": "pixel error", "rand_error": "Rand error", "v_rand_thinned": "V_rand, thinned", "warping_error": "warping error",
     }  # fmt: skip
@@ -188,17 +179,13 @@ def few_images() -> str:
     return "\n".join([*lines, ""])
 
 
-def bayesian() -> str:
-    """Rows of bayesian.py; nothing before it has been run."""
-    path = HERE / "results" / "bayesian-camvid.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def bayesian(_: str, run: Run) -> str:
+    """Rows of bayesian.py."""
     lines = [
         "## Bayesian SegNet: samples and certainty",
         "",
-        f"`{run['command']}` on {run['machine']}: Bayesian SegNet-Basic of width 32 from scratch, {run['steps']} updates, on camvid at "
-        f"half its size; {run['images']} validation images. The paper (arXiv:1511.02680): samples beat dropout off from about 6 on. "
+        f"`{run['command']}` on {run['machine']}: Bayesian SegNet-Basic of width {run['width']} from scratch, {run['steps']} updates, on "
+        f"camvid at half its size; {run['images']} validation images. The paper (arXiv:1511.02680): samples beat dropout off from about 6 on. "
         "The gain in mIoU over dropout off has its 95 % interval over the images.",
         "",
         "| samples | global | class average | mIoU | gain in points |",
@@ -212,12 +199,8 @@ def bayesian() -> str:
     return "\n".join([*lines, "", f"Accuracy of the pixels that the samples agree about most, in percent: {certain}.", ""])
 
 
-def training() -> str:
-    """Rows of speed_training.py; nothing before it has been run."""
-    path = HERE / "results" / "speed-training.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def training(_: str, run: Run) -> str:
+    """Rows of speed_training.py."""
     lines = [
         "## Training: our loop and the plain one",
         "",
@@ -240,12 +223,27 @@ def training() -> str:
     return "\n".join([*lines, ""])
 
 
-def time_to_score() -> str:
-    """Both sides of time_to_score.py; nothing before it has been run."""
-    path = HERE / "results" / "speed-time-to-score.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def matrix_peak(name: str, run: Run) -> str:
+    """One row per net and pass of matrix_peak.py."""
+    words = f"{run['machine']}, {run['threads']} thread(s)" if name == "cpu" else run["machine"]
+    lines = [
+        f"## Share of the machine's matrix peak: {name}",
+        "",
+        f"`{run['command']}` on {words}, {'bf16' if run['precision'] == 'bf16' else 'float32'}, channels last, batches of {run['batch']}: "
+        "multiplications and additions of convolutions and matrix products by the median of the times, beside what the best of some large "
+        "matrix products reaches just then.",
+        "",
+        "| net | pass | ms | 10^9 operations | 10^12 a second | peak | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        rates = f"{row['tera_a_second']:.3f} | {row['peak_tera_a_second']:.3f} | **{100 * row['share']:.0f} %**"
+        lines.append(f"| {row['net']} | {row['pass']} | {row['ms']:.1f} | {row['giga_operations']:.1f} | {rates} |")
+    return "\n".join([*lines, ""])
+
+
+def time_to_score(_: str, run: Run) -> str:
+    """Both sides of time_to_score.py."""
     lines = [
         f"## Time to a mean IoU of {run['until']} on {run['set']}",
         "",
@@ -263,12 +261,8 @@ def time_to_score() -> str:
     return "\n".join([*lines, ""])
 
 
-def startup() -> str:
-    """One row per call of startup.py; nothing before it has been run."""
-    path = HERE / "results" / "speed-startup.json"
-    if not path.exists():
-        return ""
-    run = json.loads(path.read_text())
+def startup(_: str, run: Run) -> str:
+    """One row per call of startup.py."""
     lines = [
         "## Start-up",
         "",
@@ -284,8 +278,8 @@ def startup() -> str:
 
 
 def memory() -> str:
-    """One row per size of image of memory.py; nothing before it has been run."""
-    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("memory-evaluate-*.json"))]
+    """One row per size of image of memory.py."""
+    runs = read("memory-evaluate-*").values()
     if not runs:
         return ""
     lines = [
@@ -305,6 +299,8 @@ def memory() -> str:
 
 if __name__ == "__main__":
     parts = ["## What the commands reach", "", accuracy(), "", "## IoU by class", "", classes(), ""]
-    parts += [upper_bounds(), papers(), few_images(), bayesian(), refinement(), dense_crf(), speed()]
-    parts += [training(), time_to_score(), startup(), memory()]
+    parts += [*each("upper-bounds", upper_bounds), *each("papers-*", papers), *each("unet-isbi2012", few_images)]
+    parts += [*each("bayesian-camvid", bayesian), *each("refinement-*", refinement), *each("speed-crf", dense_crf)]
+    parts += [*each("speed-forward", speed), *each("speed-training", training), *each("matrix-peak-*", matrix_peak)]
+    parts += [*each("speed-time-to-score", time_to_score), *each("speed-startup", startup), memory()]
     (HERE.parent / "docs" / "results.md").write_text("\n".join([HEAD, *parts]))
