@@ -4,8 +4,8 @@ python benchmarks/bayesian.py --data FOLDER [--steps 300] [--images 40] [--sampl
 
 Kendall et al. 2015, arXiv:1511.02680: the mean of samples with dropout beats "weight averaging" (dropout off) from about 6 samples on,
 gains little after 40, and pixels that the samples agree about are labelled better. FOLDER holds camvid; the net is Bayesian SegNet-Basic,
-narrow and from scratch on camvid at half its size, as SegNet's rows in papers.py, so that two cores can do it. Scores are those of evenly spread
-images of the validation part; the gain over dropout off has its 95 % interval over them.
+narrow and from scratch on camvid at half its size, as SegNet's rows in papers.py, so that two cores can do it. Scores are those of evenly
+spread images of the validation part; the gain over dropout off has its 95 % interval over them.
 """
 
 import argparse

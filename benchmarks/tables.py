@@ -165,7 +165,7 @@ def few_images(_: str, run: Run) -> str:
         "slice scored by a net that has not seen it, at the best threshold over all slices, as the board does. The gain is that over the "
         "first row with its 95 % interval over the slices; errors fall where it is negative. Nets this narrow, trained this briefly, "
         "still underfit, so deformation and more slices have nothing to mend: such a row says what holds at this budget, not that the "
-        "paper's gain is absent at its own.",
+        "paper's gain is absent at its own. The trained encoder is mobilenetv2_100 with ImageNet weights in U-Net's place of its own path.",
         "",
         f"| row | slices | {' | '.join(scores.values())} | {' | '.join(f'gain in {name}' for name in scores.values())} |",
         "|---|---" + "|---" * (2 * len(scores)) + "|",
@@ -184,9 +184,9 @@ def bayesian(_: str, run: Run) -> str:
     lines = [
         "## Bayesian SegNet: samples and certainty",
         "",
-        f"`{run['command']}` on {run['machine']}: Bayesian SegNet-Basic of width {run['width']} from scratch, {run['steps']} updates, on "
-        f"camvid at half its size; {run['images']} validation images. The paper (arXiv:1511.02680): samples beat dropout off from about 6 on. "
-        "The gain in mIoU over dropout off has its 95 % interval over the images.",
+        f"`{run['command']}` on {run['machine']}: Bayesian SegNet-Basic of width {run['width']} from scratch, {run['steps']} updates, "
+        f"on camvid at half its size; {run['images']} validation images. The paper (arXiv:1511.02680): samples beat dropout "
+        "off from about 6 on. The gain in mIoU over dropout off has its 95 % interval over the images.",
         "",
         "| samples | global | class average | mIoU | gain in points |",
         "|---|---|---|---|---|",
