@@ -62,6 +62,15 @@ def test_all_that_follows_the_cut_happens_on_the_device_and_waits_for_nothing(ki
         assert made.dtype == (torch.uint8 if kind == torch.uint8 else torch.float32)
 
 
+def test_a_sample_is_the_same_within_autocast():
+    """As where batch norm is measured in bfloat16, whose 8 bits would change colours."""
+    image, labels = picture(70, 90), torch.zeros(70, 90, dtype=torch.int64)
+    augmentation = Augmentation(crop=(40, 48), **EVERYTHING)
+    plain = augmentation(image, labels, generator())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augmentation(image, labels, generator())[0], plain)
+
+
 # Normalize
 
 

@@ -208,11 +208,12 @@ class Augmentation:
         A GPU's resampling rounds otherwise than a processor's: values differ by one step of the image's type at most, here and there.
         """
         region = cut.region.to(device, non_blocking=True)
-        # Zooming out, too, shrinks with the resizer's low-pass first, because bilinear sampling at wide steps would alias.
-        taken = region if region.shape[-2:] == cut.size else _resize(region, cut.size)
-        if cut.grid is not None:
-            taken = _sampled(taken, cut.grid.to(device, non_blocking=True))
-        return self._colour(_turned(taken, cut.flips, cut.turns), cut.limit, cut.colour)
+        with torch.autocast(region.device.type, enabled=False):  # of a caller, whose network it is for: colours would lose bits
+            # Zooming out, too, shrinks with the resizer's low-pass first, because bilinear sampling at wide steps would alias.
+            taken = region if region.shape[-2:] == cut.size else _resize(region, cut.size)
+            if cut.grid is not None:
+                taken = _sampled(taken, cut.grid.to(device, non_blocking=True))
+            return self._colour(_turned(taken, cut.flips, cut.turns), cut.limit, cut.colour)
 
     def _check(self, image: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         shapes = [tuple(labels.shape)] + ([] if weights is None else [tuple(weights.shape)])
