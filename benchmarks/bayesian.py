@@ -47,7 +47,7 @@ def measured(bundle: Path, images: Path, count: int, samples: list[int]) -> dict
     pairs = [pair for pair in report.pairs if pair.split == "val"]
     chosen = [pairs[round(place)] for place in np.linspace(0, len(pairs) - 1, count)]
     regions = {number: Region(classes) for number in (0, *samples)}
-    certainty: list[np.ndarray] = []
+    certainty: dict[str, list[np.ndarray]] = {"low variance of the samples": [], "low entropy of their mean": []}
     right: list[np.ndarray] = []
     for pair in chosen:
         assert pair.mask is not None  # of a set whose every image has one
@@ -61,17 +61,23 @@ def measured(bundle: Path, images: Path, count: int, samples: list[int]) -> dict
             if number in samples:
                 regions[number].update(labels, total.argmax(0), ignore=ignore, name=pair.image.name)
         known = labels != ignore
-        variance = (squares / max(samples) - (total / max(samples)) ** 2).mean(0)
-        certainty.append(-variance[known])
+        mean = total / max(samples)
+        doubts = (squares / max(samples) - mean**2).mean(0), -(mean * np.log(np.maximum(mean, 1e-12))).sum(0)
+        for values, doubt in zip(certainty.values(), doubts, strict=True):
+            values.append(-doubt[known])
         right.append((total.argmax(0) == labels)[known])
-    order = np.argsort(-np.concatenate(certainty), kind="stable")
-    correct = np.concatenate(right)[order]
-    by_certainty = {str(share): round(float(correct[: max(1, len(correct) * share // 100)].mean()), 4) for share in CERTAIN}
+    correct = np.concatenate(right)
     return {
         "images": len(chosen),
         "rows": {str(key): row_of(region, regions[0]) for key, region in regions.items()},
-        "certain": by_certainty,
+        "certain": {name: accuracies(correct, np.concatenate(values)) for name, values in certainty.items()},
     }
+
+
+def accuracies(correct: np.ndarray, certainty: np.ndarray) -> dict[str, float]:
+    """Share of the pixels that are right, among each share of the most certain ones."""
+    ordered = correct[np.argsort(-certainty, kind="stable")]
+    return {str(share): round(float(ordered[: max(1, len(ordered) * share // 100)].mean()), 4) for share in CERTAIN}
 
 
 def row_of(region: Region, off: Region) -> dict[str, Any]:

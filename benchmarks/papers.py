@@ -46,6 +46,8 @@ class Group:
     network: str = "encoder mobilenetv2_100 with ImageNet weights"
     encoder: bool = True  # all rows take the trained encoder
     longer: dict[str, int] = field(default_factory=dict)  # row -> so many times the updates
+    published: dict[str, tuple[float, ...]] = field(default_factory=dict)  # row -> the paper's scores, as in SCORES, in percent
+    note: str = ""  # what a row that contradicts the paper has been found to mean
 
 
 def settings(*pairs: str) -> list[str]:
@@ -155,6 +157,9 @@ GROUPS = {
         "flips, today's optimiser and schedule (--fast)",
         encoder=False,
         longer={f"{row}, {LONGER} times the updates": LONGER for row in SLOW},
+        published={
+            f"{name}, {weights}": scores for name, both in SEGNET_TABLE.items() for weights, scores in zip(BALANCED, both, strict=True)
+        },
     ),
 }
 
@@ -206,8 +211,9 @@ def write_group(given: argparse.Namespace, group: Group, rows: dict[str, dict[st
         for claim in group.claims
         if claim.worse in rows and claim.better in rows
     ]
-    ordered = {row: rows[row] for row in group.rows if row in rows}
-    content = {"set": group.data, "network": group.network, "steps": given.steps, "rows": ordered, "claims": claims}
+    ordered = {row: {**rows[row], "published": group.published.get(row)} for row in group.rows if row in rows}
+    shared = {"set": group.data, "network": group.network, "note": group.note, "steps": given.steps}
+    content = {**shared, "rows": ordered, "claims": claims}
     write(f"papers-{given.group}", content, packages=("torch", "timm"))
 
 

@@ -137,6 +137,8 @@ def papers(name: str, run: Run) -> str:
         f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, {run['network']}; same plan and seed. The "
         f"gain on the validation images of {run['set']} has its 95 % interval over the images.",
         "",
+        run.get("note", ""),
+        "",
         "| from | to | score | the paper | our gain in points | verdict |",
         "|---|---|---|---|---|---|",
     ]
@@ -144,11 +146,12 @@ def papers(name: str, run: Run) -> str:
         gain = f"{100 * claim['gain']:+.1f} ({100 * claim['low']:+.1f} to {100 * claim['high']:+.1f})"
         score = SCORE_NAMES[claim.get("score", "miou")]
         lines.append(f"| {claim['worse']} | {claim['better']} | {score} | {claim['paper']} | {gain} | **{claim['verdict']}** |")
-    lines += ["", "| net | global | class average | mIoU | BF | minutes |", "|---|---|---|---|---|---|"]
+    lines += ["", "| net | global | class average | mIoU | BF | the paper's | minutes |", "|---|---|---|---|---|---|---|"]
     for net, row in run["rows"].items():
         figures = [f"{100 * row[key]:.1f}" for key in ("pixel_accuracy", "mean_accuracy", "miou")]
         bf = "-" if row["bf"] is None else f"{100 * row['bf']:.1f}"
-        lines.append(f"| {net} | {' | '.join(figures)} | {bf} | {row['minutes']} |")
+        published = " / ".join(map(str, row.get("published") or ["-"]))
+        lines.append(f"| {net} | {' | '.join(figures)} | {bf} | {published} | {row['minutes']} |")
     return "\n".join([*lines, ""])
 
 
@@ -195,8 +198,14 @@ def bayesian(_: str, run: Run) -> str:
         figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("global", "average", "miou"))
         gain = "-" if name == "0" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in row["gain"]))
         lines.append(f"| {'dropout off' if name == '0' else name} | {figures} | {gain} |")
-    certain = ", ".join(f"{share} %: {100 * value:.1f}" for share, value in run["certain"].items())
-    return "\n".join([*lines, "", f"Accuracy of the pixels that the samples agree about most, in percent: {certain}.", ""])
+    shares = next(iter(run["certain"].values()))
+    lines += [
+        "",
+        f"| accuracy of the most certain pixels, by | {' | '.join(f'{share} %' for share in shares)} |",
+        "|---" * (1 + len(shares)) + "|",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{100 * value:.1f}' for value in found.values())} |" for name, found in run["certain"].items()]
+    return "\n".join([*lines, ""])
 
 
 def training(_: str, run: Run) -> str:
