@@ -1,13 +1,12 @@
 """U-Net from few images: 5-fold cross-validation on ISBI 2012's 30 slices; writes benchmarks/results/unet-isbi2012.json.
 
-python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER] [--weights FILE]
+python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER]
 
 FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations, and every
 slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
-Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices, a trained encoder; "rotations"
-are the same nets with `--tta rotations,flips`. The differences have intervals over the slices, which are neighbours in one volume: they
-are too narrow for other volumes. The board scored the best of ten thresholds of the membrane's probability; so are these, thresholds
-chosen on all slices.
+Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" is the first row's
+nets with `--tta rotations,flips`. The differences have intervals over the slices, which are neighbours in one volume: they are too narrow
+for other volumes. The board scored the best of ten thresholds of the membrane's probability; so are these, thresholds chosen on all slices.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +29,17 @@ from perpixel.metrics.thresholds import Board
 from perpixel.predict import load
 
 SLICES, FOLDS = 30, 5
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is other than planned: settings, slices to train on, views at prediction, a trained encoder, so many times the updates."""
-
-    settings: tuple[str, ...] = ()
-    slices: int = 24
-    views: str | None = None
-    trained_encoder: bool = False
-    longer: int = 1
-
-
-ROWS = {
-    "as planned": Row(),
-    "rotations": Row(views="rotations,flips"),
-    "no elastic deformation": Row(("train.augment.elastic_sigma=0",)),
-    "border weights": Row(("train.border_weights=true",)),
-    "dropout": Row(("model.options.dropout=0.2",)),
-    "10 slices": Row(slices=10),
-    "5 slices": Row(slices=5),
-    "2 slices": Row(slices=2),
-    "1 slice": Row(slices=1),
-    "trained encoder": Row(trained_encoder=True),
-    "trained encoder, 4 times the updates": Row(trained_encoder=True, longer=4),
-    "trained encoder, 4 times the updates, rotations": Row(trained_encoder=True, longer=4, views="rotations,flips"),
+# Row -> settings beside the common ones, slices to train on, views at prediction.
+ROWS: dict[str, tuple[list[str], int, str | None]] = {
+    "as planned": ([], 24, None),
+    "rotations": ([], 24, "rotations,flips"),
+    "no elastic deformation": (["train.augment.elastic_sigma=0"], 24, None),
+    "border weights": (["train.border_weights=true"], 24, None),
+    "dropout": (["model.options.dropout=0.2"], 24, None),
+    "10 slices": ([], 10, None),
+    "5 slices": ([], 5, None),
+    "2 slices": ([], 2, None),
+    "1 slice": ([], 1, None),
 }
 # The paper's on the hidden test slices (table 1); V_rand is that of later plain U-Nets.
 BOARD = {"warping_error": 0.000353, "rand_error": 0.0382, "pixel_error": 0.0611, "v_rand_thinned": 0.96}
@@ -75,19 +59,16 @@ def write_fold(data: Path, out: Path, fold: int, slices: int) -> None:
                 Image.fromarray(stack[number]).save(folder / f"{number:02d}.png")
 
 
-def trained(given: argparse.Namespace, name: str, fold: int, row: Row) -> Path:
+def trained(given: argparse.Namespace, name: str, fold: int, settings: Sequence[str], slices: int) -> Path:
     """The best bundle of a row's fold, by the command a person would type; kept where it is there already."""
-    run = given.runs / f"{name} {given.width} {given.steps} fold {fold}".replace(" ", "-").replace(",", "")
+    run = given.runs / f"{name} {given.width} {given.steps} fold {fold}".replace(" ", "-")
     if not (run / "evaluation.json").exists():
         with tempfile.TemporaryDirectory() as folder:
-            write_fold(given.data, Path(folder), fold, row.slices)
+            write_fold(given.data, Path(folder), fold, slices)
             words = [sys.executable, "-m", "perpixel", "train", str(Path(folder) / "images"), str(Path(folder) / "masks"), "-o", str(run)]
-            words += ["--classes", "membrane,cell", "--steps", str(row.longer * given.steps), "--resume"]
-            net = [f"model.options.width={given.width}"]
-            if row.trained_encoder:
-                net = ["model.encoder=mobilenetv2_100", f"model.encoder_weights={given.weights}"]
-            common = [*net, f"train.crop=[{given.crop}, {given.crop}]", "train.validations=3", "train.report=false"]
-            for setting in [*common, *row.settings]:
+            words += ["--classes", "membrane,cell", "--steps", str(given.steps), "--resume"]
+            common = [f"model.options.width={given.width}", f"train.crop=[{given.crop}, {given.crop}]"]
+            for setting in [*common, "train.validations=3", "train.report=false", *settings]:
                 words += ["--set", setting]
             subprocess.run(words, check=True)
     return run / "best.safetensors"
@@ -125,7 +106,6 @@ def main() -> None:
     """Train what is missing, score, write the file after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--weights", type=Path, default=Path("../shared/weights/mobilenetv2_100.safetensors"), help="of mobilenetv2_100")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--crop", type=int, default=192)
@@ -138,12 +118,12 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     first: Board | None = None
     for name in given.rows:
-        row = ROWS[name]
-        same = next(other for other in ROWS if replace(ROWS[other], views=None) == replace(row, views=None))  # other views of the same nets
-        bundles = [trained(given, same, fold, row) for fold in given.folds]
+        settings, slices, views = ROWS[name]
+        same = "as planned" if views else name  # other views of the same nets
+        bundles = [trained(given, same, fold, settings, slices) for fold in given.folds]
         board = Board()
         for bundle, fold in zip(bundles, given.folds, strict=True):
-            board.merge(scored(bundle, given.data, fold, row.views))
+            board.merge(scored(bundle, given.data, fold, views))
         first = board if first is None else first
         rows[name] = row_of(board, first)
         content = {"steps": given.steps, "width": given.width, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}

@@ -352,10 +352,18 @@ def test_statistics_that_are_measured_at_the_end_are_not_frozen():
 
 
 @pytest.mark.parametrize("name", ["segnet", "segnet_basic_paper", "bayesian_segnet_basic_paper"])
-def test_segnet_s_batch_norm_is_measured_before_it_is_scored_unless_it_is_frozen(name):
+def test_segnet_s_batch_norm_is_measured_before_it_is_scored_unless_all_of_it_is_frozen(name):
     """SegNet-SingleChannelDecoder on camvid scored a mean IoU of 0.06 on moving averages, and 0.38 once they were measured."""
     assert plan(a_check(), LAPTOP, {"model": {"name": name}})[0].train.batch_norm_pass
-    frozen = plan(a_check(), LAPTOP, {"model": {"name": name}, "train": {"freeze_batch_norm": True}})[0].train
-    assert frozen.freeze_batch_norm
+    frozen = plan(a_check(), LAPTOP, {"model": {"name": name}, "train": {"freeze_batch_norm": "all"}})[0].train
+    assert frozen.freeze_batch_norm == "all"
     assert not frozen.batch_norm_pass
     assert not plan(a_check(), LAPTOP, {"model": {"name": "unet"}})[0].train.batch_norm_pass
+
+
+def test_a_trained_segnet_keeps_its_encoder_s_statistics_and_has_the_decoder_s_measured(tmp_path):
+    weights = tmp_path / "vgg.safetensors"
+    given = {"model": {"name": "segnet", "encoder": "vgg16_bn", "encoder_weights": str(weights)}}
+    train = plan(a_check(), LAPTOP, given)[0].train
+    assert train.freeze_batch_norm is True
+    assert train.batch_norm_pass

@@ -55,7 +55,19 @@ def test_wrong_class_weights_are_refused_with_their_key(wrong):
 
 def test_freezing_batch_norm_and_measuring_it_contradict_each_other():
     with pytest.raises(ValueError, match="choose one of them"):
-        read_settings(["train.freeze_batch_norm=true", "train.batch_norm_pass=true"])
+        read_settings(["train.freeze_batch_norm=all", "train.batch_norm_pass=true"])
+
+
+def test_a_pass_beside_a_frozen_part_measures_the_rest_on_what_that_part_gives_with_its_own_statistics():
+    torch.manual_seed(0)
+    frozen, rest = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
+    frozen[1].running_mean.fill_(0.5)
+    network, batches = nn.Sequential(frozen, rest), [torch.randn(4, 2, 5, 5) for _ in range(3)]
+    measure_batch_norm(network, batches, frozen)
+    assert torch.equal(frozen[1].running_mean, torch.full((3,), 0.5))
+    with torch.no_grad():
+        seen = [frozen.eval()(batch).mean((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(rest.running_mean, torch.stack(seen).mean(0))
 
 
 def test_one_pass_gives_the_averages_of_the_batches_means_and_unbiased_variances():

@@ -136,8 +136,8 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_statistic(self) -> Self:
-        if self.freeze_batch_norm and self.batch_norm_pass:
-            raise ValueError("freeze_batch_norm keeps the statistics that batch_norm_pass measures anew; choose one of them")
+        if self.freeze_batch_norm == "all" and self.batch_norm_pass:
+            raise ValueError("freeze_batch_norm 'all' keeps the statistics that batch_norm_pass measures anew; choose one of them")
         return self
 
 

@@ -22,7 +22,7 @@ from perpixel import __version__
 from perpixel.bundle import Card, TemperatureCard, load_bundle, read_tensors, save_bundle, save_tensors, start_from_bundle
 from perpixel.calibrate import PixelSample, fitted
 from perpixel.check import Check
-from perpixel.data.dataset import Batch, LabelledImages, RenderedBatches, SampleStream, collate, sample_numbers
+from perpixel.data.dataset import Batch, DevicePrefetcher, LabelledImages, SampleStream, collate, sample_numbers
 from perpixel.data.display import overlay, to_display
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
@@ -145,8 +145,10 @@ class Run:
         """
         torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
         batches = -(-len(self.train_images) // self.section.batch)
+        frozen = self.scored.encoder if self.section.freeze_batch_norm else None
         with self.fabric.autocast():
-            measure_batch_norm(self.scored, (self._pixels(images) for images, _, _ in islice(self.batches(0), batches)))
+            images = (self._pixels(images) for images, _, _ in islice(self.batches(0), batches))
+            measure_batch_norm(self.scored, images, frozen)
         if self.fabric.world_size > 1:
             for norm in batch_norms(self.scored):
                 for statistic in (norm.running_mean, norm.running_var):
@@ -169,7 +171,7 @@ class Run:
             collate_fn=collate,
             pin_memory=device.type == "cuda",
         )
-        return RenderedBatches(loader, self.stream.augmentation, device) if section.augment_on_device else loader
+        return DevicePrefetcher(loader, self.stream.augmentation, device) if section.augment_on_device else loader
 
     def train_step(self, images: Tensor, labels: Tensor, weights: Tensor | None, rate: float) -> float:
         """One update; returns the cost of this process's share of the batch."""

@@ -10,7 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from perpixel.data.dataset import LabelledImages, RenderedBatches, SampleStream, collate, conform, sample_numbers
+from perpixel.data.dataset import DevicePrefetcher, LabelledImages, SampleStream, collate, conform, sample_numbers
 from perpixel.data.images import Picture
 from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap
@@ -188,7 +188,7 @@ def test_worker_processes_give_the_samples_of_this_one(pairs):
         assert weights is None
 
 
-# ---- RenderedBatches
+# ---- DevicePrefetcher
 
 EVERYTHING = {"scale": (0.5, 2.0), "rotation": 30.0, "flip_horizontal": True, "rotate90": True, "brightness": 0.3, "hue": 0.1}
 
@@ -201,7 +201,7 @@ def test_images_made_ahead_in_a_thread_are_those_of_the_stream(pairs, workers, w
     whole, cut = (SampleStream(images, augmentation, seed=1, cut=cut) for cut in (False, True))
     batches = list(itertools.islice(sample_numbers(0, 4), 5))
     loader = torch.utils.data.DataLoader(cut, batch_sampler=batches, num_workers=workers, collate_fn=collate)
-    for numbers, batch in zip(batches, RenderedBatches(loader, augmentation, torch.device("cpu")), strict=True):
+    for numbers, batch in zip(batches, DevicePrefetcher(loader, augmentation, torch.device("cpu")), strict=True):
         for part, expected in zip(batch, collate([whole[number] for number in numbers]), strict=True):
             assert (part is None and expected is None) or torch.equal(part, expected)
 
@@ -220,7 +220,7 @@ def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for(pairs):
             raise ValueError("photo.png: truncated")
 
     stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True)
-    batches = iter(RenderedBatches(Broken(), stream.augmentation, torch.device("cpu")))
+    batches = iter(DevicePrefetcher(Broken(), stream.augmentation, torch.device("cpu")))
     assert next(batches)[0].shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"photo\.png: truncated"):
         next(batches)
@@ -230,7 +230,7 @@ def test_a_loop_that_ends_early_leaves_no_thread(pairs):
     stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True)
     endless = (collate([stream[number] for number in numbers]) for numbers in sample_numbers(0, 2))
     before = threading.active_count()
-    for count, _ in enumerate(batches := iter(RenderedBatches(endless, stream.augmentation, torch.device("cpu")))):
+    for count, _ in enumerate(batches := iter(DevicePrefetcher(endless, stream.augmentation, torch.device("cpu")))):
         if count == 3:
             break
     batches.close()

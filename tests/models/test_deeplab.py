@@ -210,7 +210,7 @@ def test_rates_choose_how_many_branches_a_pyramid_has_and_how_far_apart_their_ta
 
 @pytest.mark.parametrize(("output_stride", "rates"), [(32, [2, 4, 8]), (16, [4, 8, 16]), (8, [8, 16, 32])])
 def test_a_cascade_on_resnet50_adds_the_paper_s_blocks_at_the_paper_s_rates(output_stride, rates):
-    """Each block holds 13,387,776 parameters: what the released net grows by (37,062,613 less 23,674,837); its rates times (1, 2, 1)."""
+    """A block of the paper's Fig. 3 holds 13,387,776 parameters (37,062,613 less 23,674,837 of the net); rates times (1, 2, 1)."""
     with torch.device("meta"):
         nets = [
             build("deeplab_v3", 21, "resnet50", modules="cascade", blocks=blocks, output_stride=output_stride, multi_grid=grid)
@@ -241,12 +241,14 @@ def test_a_cascade_behind_any_encoder_labels_every_pixel_and_trains_every_parame
         ("mobilenetv2_100", 16, [2, 4, 8]),
         ("regnety_002", 16, [2, 2, 2, 2, 4, 8]),
         ("vgg11", 8, [4, 8]),
+        ("res2net50_26w_4s", 16, [4, 4, 4, 8, 8, 8]),  # several convolutions side by side in a unit
+        ("mixnet_s", 16, None),  # kernels of several sizes in a layer
     ],
 )
 def test_multi_grid_multiplies_the_rates_of_an_encoder_s_last_units(encoder, output_stride, rates):
     network = build("deeplab_v3", 2, encoder, output_stride=output_stride, multi_grid=[1, 2, 4]).encoder
     atrous = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.dilation[0] > 1]
-    assert [layer.dilation[0] for layer in atrous] == rates
+    assert rates is None or [layer.dilation[0] for layer in atrous] == rates
     assert all(
         layer.padding == tuple(rate * (side // 2) for rate, side in zip(layer.dilation, layer.kernel_size, strict=True)) for layer in atrous
     )
@@ -269,9 +271,11 @@ def test_illegal_modules_are_refused_with_what_is_legal():
         ({"blocks": 5}, "4 to 7 with modules 'cascade'"),
         ({"modules": "cascade", "blocks": 8}, "4 to 7 with modules 'cascade'"),
         ({"modules": "cascade", "rates": [6], "image_pooling": True}, "image_pooling and rates: a part of modules 'aspp'"),
-        ({"multi_grid": [1, 2]}, "three numbers"),
+        ({"multi_grid": [1, 2]}, "three whole numbers"),
         ({"multi_grid": [1, 2, 0]}, "at least 1"),
-        ({"multi_grid": [1, 2, 4], "output_stride": 32}, "nothing in encoder 'resnet18' dilates"),
+        ({"multi_grid": [1, 2, 1.5]}, "whole numbers"),
+        ({"modules": "cascade", "width": 64}, "width: a part of modules 'aspp'"),
+        ({"multi_grid": [1, 2, 4], "output_stride": 32}, "fewer than two units of encoder 'resnet18' dilate"),
     ):
         with torch.device("meta"), pytest.raises(ValueError, match=message):
             build("deeplab_v3", 2, "resnet18", **options)

@@ -264,7 +264,7 @@ def test_illegal_options_name_the_legal_ones():
         (deeplab_v3_paper, {"blocks": 5}, "4 to 7 with modules 'cascade', and 4 with 'aspp'"),
         (deeplab_v3_paper, {"depth": 34}, "one of 50, 101"),
         (deeplab_v3_paper, {"output_stride": 64}, "from 8 to 32"),
-        (deeplab_v3_paper, {"multi_grid": (1, 2)}, "three numbers"),
+        (deeplab_v3_paper, {"multi_grid": (1, 2)}, "three whole numbers"),
         (deeplab_v3_paper, {"encoder_weights": True}, "give a file"),
     ):
         with torch.device("meta"), pytest.raises(ValueError, match=message):

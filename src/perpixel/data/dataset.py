@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -134,24 +136,25 @@ class SampleStream(Dataset[Sample]):
         return cut._replace(region=cut.region.clone(memory_format=torch.contiguous_format)), labels, weights
 
     def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
+        order = self._orders.get(epoch)
+        if order is None:
             if len(self._orders) >= 4:
                 self._orders.clear()
-            self._orders[epoch] = torch.randperm(len(self.images), generator=_generator(self.seed, 0, epoch)).tolist()
-        return self._orders[epoch]
+            order = self._orders[epoch] = torch.randperm(len(self.images), generator=_generator(self.seed, 0, epoch)).tolist()
+        return order
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Cut], Tensor, Tensor | None]:
     """Samples to a batch: images (N, C, h, w), labels (N, h, w), weights (N, h, w) or None; cuts, which differ in size, stay a list."""
     images, labels, weights = zip(*samples, strict=True)
-    cuts = [image for image in images if isinstance(image, Cut)]
-    return cuts or torch.stack(images), torch.stack(labels), None if weights[0] is None else torch.stack(weights)
+    whole = list(images) if isinstance(images[0], Cut) else torch.stack(images)
+    return whole, torch.stack(labels), None if weights[0] is None else torch.stack(weights)
 
 
-class RenderedBatches:
+class DevicePrefetcher:
     """Batches of cuts as batches of images made on a device, in a thread and a stream of their own, one ahead of the training step.
 
-    Labels and weights are moved there too. So the processor's cores only read and cut, and the device resamples between two steps' work.
+    Labels and weights are moved there too.
 
     Args:
         loader: batches of `collate` over a stream with `cut`.
@@ -161,28 +164,33 @@ class RenderedBatches:
 
     def __init__(self, loader: Iterable[Any], augmentation: Augmentation, device: torch.device) -> None:
         self.loader, self.augmentation, self.device = loader, augmentation, device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _side_stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[Batch]:
         cuts = iter(self.loader)
-        with ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1, initializer=self._settle) as ahead:
             coming = ahead.submit(self._next, cuts)
             while (batch := coming.result()) is not None:
                 coming = ahead.submit(self._next, cuts)
                 yield self._handed_over(batch)
 
+    def _settle(self) -> None:
+        """A thread's own device is the first one until it is told otherwise; pinning would hold memory there."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
+
     def _next(self, cuts: Iterator[Any]) -> Batch | None:
-        """The next batch, its work queued on the device; None at the end."""
+        """The next batch, made; None at the end."""
         batch = next(cuts, None)
         if batch is None:
             return None
         images, labels, weights = batch
-        with torch.cuda.stream(self.stream):  # does nothing where there is none
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             made = torch.stack([self.augmentation.render(cut, self.device) for cut in images])
             labels = labels.to(self.device, non_blocking=True)
             weights = None if weights is None else weights.to(self.device, non_blocking=True)
         if self.stream is not None:
-            self.stream.synchronize()  # this thread waits, so that the pinned memory is free and the next step need not
+            self.stream.synchronize()  # this thread waits, so that the step's own stream need not
         return made, labels, weights
 
     def _handed_over(self, batch: Batch) -> Batch:
@@ -192,6 +200,12 @@ class RenderedBatches:
                 if part is not None:
                     part.record_stream(torch.cuda.current_stream(self.device))
         return batch
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for a process and device: what a stream has allocated stays its own, so each new one would hold memory anew."""
+    return torch.cuda.Stream(device)
 
 
 def sample_numbers(first_step: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:

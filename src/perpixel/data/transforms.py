@@ -87,7 +87,7 @@ class Cut(NamedTuple):
     flips: list[int]
     turns: int
     limit: float | None  # of the picture's values
-    colour: list[float]  # uniform numbers
+    colour: Tensor | None  # (C + 1, C): the linear map of colours, and what the mean over the crop adds to each
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,15 @@ class Augmentation:
         picked = [_pick(field, self._inner(rows), self._inner(columns), outside) for field, outside in fields]
         flips = [axis for axis, wanted, u in ((-2, self.flip_vertical, draw[8]), (-1, self.flip_horizontal, draw[9])) if wanted and u < 0.5]
         picked = [_turned(field, flips, turns) for field in picked]
-        cut = Cut(_region(image, window), (small[0], small[1]), grid, flips, turns, LIMITS.get(image.dtype), draw[10:14])
+        colour = self._colour_map(image.shape[0], draw[10:14])
+        cut = Cut(_region(image, window), (small[0], small[1]), grid, flips, turns, LIMITS.get(image.dtype), colour)
         return cut, picked[0], picked[1] if weights is not None else None
 
     def render(self, cut: Cut, device: torch.device | str = "cpu") -> Tensor:
         """The image (C, *crop) of a `cut`, made on `device`; it waits for nothing there.
 
-        A GPU's resampling rounds otherwise than a processor's: values differ by one step of the image's type at most, here and there.
+        A GPU's resampling rounds otherwise than a processor's: values differ by one step of the image's type here and there, before the
+        colours, which multiply it.
         """
         region = cut.region.to(device, non_blocking=True)
         with torch.autocast(region.device.type, enabled=False):  # of a caller, whose network it is for: colours would lose bits
@@ -213,7 +215,8 @@ class Augmentation:
             taken = region if region.shape[-2:] == cut.size else _resize(region, cut.size)
             if cut.grid is not None:
                 taken = _sampled(taken, cut.grid.to(device, non_blocking=True))
-            return self._colour(_turned(taken, cut.flips, cut.turns), cut.limit, cut.colour)
+            taken = _turned(taken, cut.flips, cut.turns)
+            return taken if cut.colour is None else _recoloured(taken, cut.colour.to(device, non_blocking=True), cut.limit)
 
     def _check(self, image: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         shapes = [tuple(labels.shape)] + ([] if weights is None else [tuple(weights.shape)])
@@ -272,26 +275,19 @@ class Augmentation:
                 positions = positions.narrow(dim, self.margin, side - 2 * self.margin)
         return positions
 
-    def _colour(self, image: Tensor, limit: float | None, draw: list[float]) -> Tensor:
-        """Brightness, contrast, saturation and hue as one linear map, with one rounding."""
-        bands = image.shape[0]
+    def _colour_map(self, bands: int, draw: list[float]) -> Tensor | None:
+        """Brightness, contrast, saturation and hue as one linear map; None where colours stay."""
         amounts = (self.brightness, self.contrast, self.saturation if bands == 3 else 0.0, self.hue if bands == 3 else 0.0)
         if bands not in (1, 3) or not any(amounts):
-            return image
+            return None
         shifts = [amount * (2 * u - 1) for amount, u in zip(amounts, draw, strict=True)]
         brightness, contrast, saturation = (1 + shift for shift in shifts[:3])
         luma = torch.tensor(YIQ[0] if bands == 3 else (1.0,))
         mixing = saturation * torch.eye(bands) + (1 - saturation) * luma.expand(bands, bands)
         if shifts[3]:
             mixing = _hue_rotation(2 * math.pi * shifts[3]) @ mixing
-        device = image.device
-        values = image.to(torch.float32).flatten(1)
         # Grey is left as it is by saturation and hue, so contrast's mean grey passes through as one constant.
-        grey = (luma.to(device) @ values.mean(1)) * (brightness * (1 - contrast))
-        changed = torch.addmm(grey.expand(bands, 1), (mixing * (brightness * contrast)).to(device), values)
-        if limit is not None:
-            changed.clamp_(0, limit)
-        return (changed.round_().to(torch.uint8) if image.dtype == torch.uint8 else changed).view_as(image)
+        return torch.cat([mixing * (brightness * contrast), luma[None] * (brightness * (1 - contrast))])
 
 
 def elastic_displacement(height: int, width: int, rng: torch.Generator, grid: int = 3, sigma: float = 10.0) -> Tensor:
@@ -391,6 +387,16 @@ def _sampled(region: Tensor, grid: Tensor) -> Tensor:
 def _turned(x: Tensor, flips: list[int], turns: int) -> Tensor:
     """Mirrored along the axes, then turned by so many quarters; contiguous."""
     return torch.rot90(x.flip(flips) if flips else x, turns, (-2, -1)).contiguous()
+
+
+def _recoloured(image: Tensor, colour: Tensor, limit: float | None) -> Tensor:
+    """The image (C, h, w) under a linear map of its colours, with one rounding."""
+    values = image.to(torch.float32).flatten(1)
+    grey = colour[-1] @ values.mean(1)
+    changed = torch.addmm(grey.expand(image.shape[0], 1), colour[:-1], values)
+    if limit is not None:
+        changed.clamp_(0, limit)
+    return (changed.round_().to(torch.uint8) if image.dtype == torch.uint8 else changed).view_as(image)
 
 
 def _hue_rotation(angle: float) -> Tensor:

@@ -251,29 +251,38 @@ def _dilated(name: str, in_channels: int, weights: EncoderWeights, wanted: int, 
     return encoder
 
 
-def apply_multi_grid(encoder: nn.Module, multi_grid: Sequence[int]) -> int:
-    """Multiplies the rates of an encoder's last atrous units, one factor each, in place; returns how many units there were.
+def apply_multi_grid(encoder: nn.Module, multi_grid: Sequence[int]) -> bool:
+    """Multiplies the rates of an encoder's last atrous units, one factor each, in place; False where fewer than two units dilate.
 
-    A unit is what holds the convolutions that dilate most: a residual unit of ResNet, MobileNet and the like, or a layer of VGG. The last
-    one takes the last factor, and so on backwards. Units before them, and those that take another factor than 1 but do not dilate (timm's
-    ResNets begin a block at the rate of the one before), keep their rate.
+    A unit is a residual unit of ResNet, MobileNet and the like, or a layer of VGG, of those that dilate most. The last one takes the last
+    factor, and so on backwards; units before them keep their rate, and so does timm's first unit of a ResNet's block, which has the rate
+    of the block before: two are left there.
 
     Source: arXiv:1706.05587, section 3.2.1.
     """
-    convolutions = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1}
-    most = max((max(layer.dilation) for layer in convolutions.values()), default=1)
-    units: dict[str, list[nn.Conv2d]] = {}
-    for name, layer in convolutions.items():
-        if max(layer.dilation) == most > 1:
-            parent = name.rpartition(".")[0]
-            alone = isinstance(encoder.get_submodule(parent), nn.Sequential | nn.ModuleDict | nn.ModuleList)
-            units.setdefault(name if alone else parent, []).append(layer)
-    for factor, layers in zip(reversed(multi_grid), reversed(units.values()), strict=False):
+    units = _atrous_units(encoder)
+    if len(units) < 2:
+        return False
+    for factor, layers in zip(reversed(multi_grid), reversed(units), strict=False):
         for layer in layers:
             layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
             if not isinstance(layer.padding, str):  # timm's own layers with TensorFlow's padding pad by the rate as they run
                 layer.padding = (layer.padding[0] * factor, layer.padding[1] * factor)
-    return len(units)
+    return True
+
+
+def _atrous_units(encoder: nn.Module) -> list[list[nn.Conv2d]]:
+    """The convolutions that dilate most, by unit: below what holds them all, each part that is more than a list of parts."""
+    convolutions = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1}
+    most = max((max(layer.dilation) for layer in convolutions.values()), default=1)
+    atrous = {tuple(name.split(".")): layer for name, layer in convolutions.items() if max(layer.dilation) == most > 1}
+    depth = next((depth for depth, parts in enumerate(zip(*atrous, strict=False)) if len(set(parts)) > 1), 0)
+    units: dict[str, list[nn.Conv2d]] = {}
+    for path, layer in atrous.items():
+        ways = (".".join(path[: depth + deeper]) for deeper in range(1, len(path)))
+        unit = next(way for way in ways if not isinstance(encoder.get_submodule(way), nn.Sequential | nn.ModuleList | nn.ModuleDict))
+        units.setdefault(unit, []).append(layer)
+    return list(units.values())
 
 
 def dilate_vgg(encoder: TimmEncoder, output_stride: int) -> None:

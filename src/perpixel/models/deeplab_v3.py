@@ -214,7 +214,7 @@ def deeplab_v3(
     encoder_weights: EncoderWeights = None,
     in_channels: int = 3,
     output_stride: int | None = None,
-    width: int = 256,
+    width: int | None = None,
     image_pooling: bool | None = None,
     dropout: float | None = None,
     rates: Sequence[int] | None = None,
@@ -231,7 +231,7 @@ def deeplab_v3(
         in_channels: bands of the image.
         output_stride: 8 or 16 for encoders that can dilate, 32 for those that end there; None: 16 where possible, else the encoder's own
             (`atrous_encoder`).
-        width: maps of each branch of the pyramid; 256 in the paper.
+        width: maps of each branch of the pyramid; None: 256, as in the paper.
         image_pooling: give the pyramid the mean over the image; None: yes.
         dropout: share of values dropped before the scores of the pyramid while training; None: 0.1.
         rates: of the pyramid, in pixels of the coarsest map; None: 6, 12 and 18 at output stride 16 and above, doubled at 8.
@@ -244,30 +244,30 @@ def deeplab_v3(
 
     Raises:
         ValueError: for an unknown encoder, one that cannot have `output_stride`, rates below 1, weights that do not belong to it,
-            options of the pyramid with a cascade, and `multi_grid` where nothing dilates.
+            options of the pyramid with a cascade, and `multi_grid` where it has no unit to act on, in the encoder or added.
     """
     last = _last_block(modules, blocks)
-    pyramids = {"image_pooling": image_pooling, "rates": rates, "dropout": dropout}
-    if modules == "cascade" and (given := [name for name, value in pyramids.items() if value is not None]):
+    of_pyramid = {"width": width, "image_pooling": image_pooling, "rates": rates, "dropout": dropout}
+    if modules == "cascade" and (given := [name for name, value in of_pyramid.items() if value is not None]):
         raise ValueError(f"{' and '.join(given)}: a part of modules 'aspp'; a cascade has none. Leave it out")
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
-    _spread(path, encoder, multi_grid, needed=last == 4)
+    _with_multi_grid(path, encoder, multi_grid, needed=last == 4)
     if modules == "cascade":
         cascade = AtrousCascade(path.channels[-1], last - 4, max(1, 64 // stride), checked_grid(multi_grid))
         head = _scores_of(cascade, cascade.channels, classes)
     else:
-        shown = checked_rates(rates, pyramid_rates(stride))
-        pyramid = AtrousPyramid(path.channels[-1], shown, width, image_pooling is not False, 0.1 if dropout is None else dropout)
-        head = _scores_of(pyramid, width, classes)
+        maps, asked = 256 if width is None else width, checked_rates(rates, pyramid_rates(stride))
+        pyramid = AtrousPyramid(path.channels[-1], asked, maps, image_pooling is not False, 0.1 if dropout is None else dropout)
+        head = _scores_of(pyramid, maps, classes)
     return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))
 
 
-def _spread(path: TimmEncoder | TorchvisionTrunk, name: str, multi_grid: Sequence[int] | None, needed: bool = True) -> None:
-    """Multi-grid in the encoder, in place, where it is given; ValueError where it is `needed` and finds nothing to multiply."""
+def _with_multi_grid(path: TimmEncoder | TorchvisionTrunk, name: str, multi_grid: Sequence[int] | None, needed: bool = True) -> None:
+    """Multi-grid in the encoder, in place, where it is given; ValueError where it is `needed` and too few units dilate."""
     if multi_grid is not None and not apply_multi_grid(path, checked_grid(multi_grid)) and needed:
         raise ValueError(
-            f"multi_grid is {list(multi_grid)}, but at output stride {path.strides[-1]} nothing in encoder {name!r} dilates; "
+            f"multi_grid is {list(multi_grid)}, but at output stride {path.strides[-1]} fewer than two units of encoder {name!r} dilate; "
             "give an output_stride of 8 or 16 and an encoder that can dilate, or leave it out"
         )
 
@@ -299,14 +299,16 @@ def deeplab_v3plus(
     path: TimmEncoder | TorchvisionTrunk
     decoder: FineDecoder | SmpDecoder
     if variant == "smp":
-        if not image_pooling or multi_grid is not None:
-            raise ValueError("variant 'smp' has image_pooling and no multi_grid. Leave them out")
+        if not image_pooling:
+            raise ValueError("image_pooling is a part of variant 'smp'. Leave it out")
+        if multi_grid is not None:
+            raise ValueError("variant 'smp' has no multi_grid. Leave it out")
         path = smp_encoder(encoder, in_channels, encoder_weights, output_stride or 16)
         fine = path.strides.index(4)
         decoder = SmpDecoder((path.channels[fine], path.channels[-1]), classes, width, 0.5 if dropout is None else dropout, fine)
     else:
         path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
-        _spread(path, encoder, multi_grid)
+        _with_multi_grid(path, encoder, multi_grid)
         fine = max((i for i, stride in enumerate(path.strides) if stride <= 4), default=0)
         decoder = FineDecoder(
             (path.channels[fine], path.channels[-1]),

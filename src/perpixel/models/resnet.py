@@ -78,8 +78,8 @@ class Unit(nn.Module):
 def checked_grid(multi_grid: Sequence[int] | None) -> Sequence[int]:
     """Three factors on the rates of a block's units, 1 where None; ValueError for anything else."""
     grid = (1, 1, 1) if multi_grid is None else multi_grid
-    if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"multi_grid is {tuple(grid)}; it must be three numbers of at least 1, one for each unit of a block")
+    if len(grid) != 3 or min(grid) < 1 or not all(isinstance(factor, int) for factor in grid):
+        raise ValueError(f"multi_grid is {tuple(grid)}; it must be three whole numbers of at least 1, one for each unit of a block")
     return grid
 
 
@@ -97,7 +97,7 @@ class AtrousCascade(nn.Sequential):
 
     def __init__(self, channels: int, blocks: int, rate: int, multi_grid: Sequence[int] = (1, 1, 1)) -> None:
         inner = -(-channels // 4)
-        rates = [rate * factor << block for block in range(blocks) for factor in multi_grid]
+        rates = [rate * factor * 2**block for block in range(blocks) for factor in multi_grid]
         super().__init__(*(Unit(channels if n == 0 else 4 * inner, inner, 1, own, "slim", nn.BatchNorm2d) for n, own in enumerate(rates)))
         self.channels = 4 * inner if blocks else channels
         initialise(self)
