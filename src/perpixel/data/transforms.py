@@ -199,7 +199,8 @@ class Augmentation:
         picked = [_pick(field, self._inner(rows), self._inner(columns), outside) for field, outside in fields]
         flips = [axis for axis, wanted, u in ((-2, self.flip_vertical, draw[8]), (-1, self.flip_horizontal, draw[9])) if wanted and u < 0.5]
         picked = [_turned(field, flips, turns) for field in picked]
-        colour = self._colour_map(image.shape[0], draw[10:14])
+        with torch.autocast("cpu", enabled=False):  # of a caller, whose network it is for: colours would lose bits
+            colour = self._colour_map(image.shape[0], draw[10:14])
         cut = Cut(_region(image, window), (small[0], small[1]), grid, flips, turns, LIMITS.get(image.dtype), colour)
         return cut, picked[0], picked[1] if weights is not None else None
 
@@ -210,7 +211,7 @@ class Augmentation:
         colours, which multiply it.
         """
         region = cut.region.to(device, non_blocking=True)
-        with torch.autocast(region.device.type, enabled=False):  # of a caller, whose network it is for: colours would lose bits
+        with torch.autocast(region.device.type, enabled=False):  # as in `cut`
             # Zooming out, too, shrinks with the resizer's low-pass first, because bilinear sampling at wide steps would alias.
             taken = region if region.shape[-2:] == cut.size else _resize(region, cut.size)
             if cut.grid is not None:
