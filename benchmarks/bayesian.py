@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from record import write
 
-from papers import halved_camvid, narrow_segnet, settings
+from papers import NARROW_WIDTH, halved_camvid, narrow_segnet, settings
 from perpixel.check import check
 from perpixel.data.images import read_image
 from perpixel.data.masks import read_mask
@@ -103,7 +103,7 @@ def main() -> None:
     runs = given.runs or Path(tempfile.mkdtemp())
     images = halved_camvid(given.data, runs / "camvid-half")
     bundle = trained(images, runs / f"bayesian {given.steps}".replace(" ", "-"), given.steps)
-    write("bayesian-camvid", {"steps": given.steps, "width": 16, **measured(bundle, images, given.images, given.samples)})
+    write("bayesian-camvid", {"steps": given.steps, "width": NARROW_WIDTH, **measured(bundle, images, given.images, given.samples)})
 
 
 if __name__ == "__main__":

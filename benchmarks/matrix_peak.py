@@ -1,10 +1,10 @@
 """How much of the machine's own matrix peak our nets use; writes benchmarks/results/matrix-peak-DEVICE.json.
 
-python benchmarks/matrix_peak.py [--device cuda] [--precision bf16] [--batch 8] [--compile] [--repeats 5] [--nets NAME ...]
+python benchmarks/matrix_peak.py [--device cuda] [--precision bf16] [--batch 1] [--compile] [--repeats 5] [--nets NAME ...]
 
 The peak is not the maker's: it is what the best of some large matrix products reaches here, in the same precision, with the same threads,
 measured again beside every net. A net's own figure is its multiplications and additions (2 for each multiply-add, as PyTorch's counter has
-them, of convolutions and matrix products alone) by the median of the times. So 100 % means that all else costs nothing.
+them, of convolutions and matrix products alone) by the median of the times.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     given = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # both sides in the same precision
     rows = [measured(name, given, backward) for name in given.nets for backward in (False, True)]
     setting = {"precision": given.precision, "batch": given.batch, "compiled": given.compile, "repeats": given.repeats}
     name = f"matrix-peak-{given.device}{'-compiled' if given.compile else ''}"

@@ -134,10 +134,9 @@ def papers(name: str, run: Run) -> str:
     lines = [
         f"## The papers' comparisons: {name}",
         "",
-        f"`{run['command']}` on {run['machine']}: {run['steps']} updates each, {run['network']}; same plan and seed. The "
-        f"gain on the validation images of {run['set']} has its 95 % interval over the images.",
-        "",
-        run.get("note", ""),
+        f"`{run['command']}` on {run['machine']}: {run['steps']} updates each (or as the row says), {run['network']}; same plan and seed. "
+        f"The gain on the validation images of {run['set']} has its 95 % interval over the images.",
+        *(["", run["note"]] if run.get("note") else []),
         "",
         "| from | to | score | the paper | our gain in points | verdict |",
         "|---|---|---|---|---|---|",
@@ -168,7 +167,7 @@ def few_images(_: str, run: Run) -> str:
         "slice scored by a net that has not seen it, at the best threshold over all slices, as the board does. The gain is that over the "
         "first row with its 95 % interval over the slices; errors fall where it is negative. Nets this narrow, trained this briefly, "
         "still underfit, so deformation and more slices have nothing to mend: such a row says what holds at this budget, not that the "
-        "paper's gain is absent at its own. The trained encoder is mobilenetv2_100 with ImageNet weights in U-Net's place of its own path.",
+        "paper's gain is absent at its own.",
         "",
         f"| row | slices | {' | '.join(scores.values())} | {' | '.join(f'gain in {name}' for name in scores.values())} |",
         "|---|---" + "|---" * (2 * len(scores)) + "|",
@@ -234,7 +233,7 @@ def training(_: str, run: Run) -> str:
 
 def matrix_peak(name: str, run: Run) -> str:
     """One row per net and pass of matrix_peak.py."""
-    words = f"{run['machine']}, {run['threads']} thread(s)" if name == "cpu" else run["machine"]
+    words = f"{run['machine']}, {run['threads']} thread(s)" if name.startswith("cpu") else run["machine"]
     lines = [
         f"## Share of the machine's matrix peak: {name}",
         "",
