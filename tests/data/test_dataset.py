@@ -213,6 +213,21 @@ def test_a_cut_takes_along_no_more_of_its_picture_than_it_needs(pairs):
         assert region.untyped_storage().nbytes() == region.numel() * region.element_size()
 
 
+def test_the_next_batch_is_asked_for_while_this_one_is_in_use(pairs):
+    stream, asked = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True), threading.Event()
+
+    class Slow:
+        def __iter__(self):
+            yield collate([stream[number] for number in range(2)])
+            asked.set()
+            yield collate([stream[number] for number in range(2, 4)])
+
+    batches = iter(DevicePrefetcher(Slow(), stream.augmentation, torch.device("cpu")))
+    next(batches)
+    assert asked.wait(timeout=60)
+    assert len(list(batches)) == 1
+
+
 def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for(pairs):
     class Broken:
         def __iter__(self):
