@@ -12,11 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from record import write
+from speed import Setting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,15 +58,13 @@ def measured(name: str, given: argparse.Namespace, backward: bool) -> dict[str, 
     options, bands, size = NETS[name]
     torch.manual_seed(0)
     net: Any = build(classes=21, **({} if bands == 3 else {"in_channels": bands}), **options)
-    net = net.to(given.device, memory_format=torch.channels_last).train(backward)
-    image = torch.randn(given.batch, bands, *size, device=given.device).contiguous(memory_format=torch.channels_last)
+    setting = Setting(given.device, torch.get_num_threads(), "channels_last", given.precision, given.batch, size)
+    net = setting.put(net).train(backward)
+    image = setting.put(torch.randn(given.batch, bands, *size))
     run = torch.compile(net) if given.compile else net
 
-    def autocast() -> Any:
-        return torch.autocast(given.device, torch.bfloat16) if given.precision == "bf16" else nullcontext()
-
     def step(model: Any = run) -> None:
-        with torch.set_grad_enabled(backward), autocast():
+        with torch.set_grad_enabled(backward), setting.autocast():
             logits: Tensor = model(image)
         if backward:
             logits.float().mean().backward()

@@ -15,21 +15,32 @@ Scores are on the validation part of each set, from the bundle `best.safetensors
 """
 
 
-def read(pattern: str) -> dict[str, Run]:
-    """The result files of this pattern that are there, by the part of their names that the star stands for."""
-    before, _, _ = pattern.partition("*")
-    return {path.stem.removeprefix(before): json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{pattern}.json"))}
+def read(pattern: str) -> list[Run]:
+    """The result files of this pattern that are there; `of` is the part of a file's name that the star stands for."""
+    before = pattern.partition("*")[0]
+    paths = sorted((HERE / "results").glob(f"{pattern}.json"))
+    return [{"of": path.stem.removeprefix(before), **json.loads(path.read_text())} for path in paths]
 
 
-def each(pattern: str, draw: Callable[[str, Run], str]) -> list[str]:
+def each(pattern: str, draw: Callable[[Run], str]) -> list[str]:
     """What `draw` makes of each of these files: nothing of those that have not been made."""
-    return [draw(name, run) for name, run in read(pattern).items()]
+    return [draw(run) for run in read(pattern)]
+
+
+def heads(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def points(value: float, low: float, high: float) -> str:
+    """A gain and its interval, in points."""
+    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def accuracy() -> str:
     """One row per set of accuracy.py."""
-    lines = ["| set | command | machine | asked | reached | wall-clock | note |", "|---|---|---|---|---|---|---|"]
-    for row in read("accuracy-*").values():
+    lines = heads("set", "command", "machine", "asked", "reached", "wall-clock", "note")
+    for row in read("accuracy-*"):
         asked = ", ".join(f"{key} {value:.2f}" for key, value in row["asked"].items()) or "-"
         reached = ", ".join(f"{key} **{value:.3f}**" for key, value in row["reached"].items())
         minutes = f"{row['seconds_whole_command'] / 60:.1f} min"
@@ -40,13 +51,13 @@ def accuracy() -> str:
 def classes() -> str:
     """IoU of each class of each set."""
     parts = []
-    for name, row in read("accuracy-*").items():
+    for row in read("accuracy-*"):
         scores = ", ".join(f"{title} {'-' if iou is None else format(iou, '.2f')}" for title, iou in row["iou"].items())
-        parts.append(f"**{name}**: {scores}")
+        parts.append(f"**{row['of']}**: {scores}")
     return "\n\n".join(parts)
 
 
-def refinement(name: str, run: Run) -> str:
+def refinement(run: Run) -> str:
     """The table of refinement.py for one set."""
     widths = ("1", "3", "10", "40")
     columns = ["unary", "refiner", "label costs", "candidates", "global", "average", "mIoU", "gain", *(f"trimap {w}" for w in widths)]
@@ -57,14 +68,10 @@ def refinement(name: str, run: Run) -> str:
         "images, each half refined by what was best on the other half. Trimap: pixel accuracy within so many pixels of a change "
         "of label. The gain in mIoU has its 95 % interval over the images.",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
+        *heads(*columns),
     ]
     for row in run["rows"]:
-        gain = "-"
-        if "miou_gain" in row:
-            value, low, high = (100 * x for x in row["miou_gain"])
-            gain = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+        gain = points(*row["miou_gain"]) if "miou_gain" in row else "-"
         words = [f"{row['unary']} ({row['model']})", row["refiner"], row.get("label_costs", "-"), str(row.get("candidates", "-"))]
         figures = [f"{100 * row[key]:.1f}" for key in ("global", "average", "miou")]
         bands = [f"{100 * row['trimap'][width]:.1f}" for width in widths]
@@ -72,7 +79,7 @@ def refinement(name: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def upper_bounds(_: str, run: Run) -> str:
+def upper_bounds(run: Run) -> str:
     """One row per set and way of upper_bounds.py."""
     factors = run["paper_pascal_voc"]
     lines = [
@@ -82,8 +89,7 @@ def upper_bounds(_: str, run: Run) -> str:
         "validation part (Long et al. 2015, arXiv:1411.4038v1, appendix A). The finer the objects, the more a large stride costs: "
         "camvid's poles and pedestrians lose far more than Pascal VOC's or msrc21's objects.",
         "",
-        f"| set | way | {' | '.join(factors)} |",
-        "|---|---|" + "---|" * len(factors),
+        *heads("set", "way", *factors),
         f"| Pascal VOC | the paper's | {' | '.join(map(str, factors.values()))} |",
     ]
     for name, ways in run["sets"].items():
@@ -91,7 +97,7 @@ def upper_bounds(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def dense_crf(_: str, run: Run) -> str:
+def dense_crf(run: Run) -> str:
     """One row per scene of speed_crf.py with its most labels."""
     lines = [
         "## Dense CRF on a processor, beside pydensecrf",
@@ -99,8 +105,7 @@ def dense_crf(_: str, run: Run) -> str:
         f"`{run['command']}` on {run['machine']}: 10 iterations, two kernels, in turns, medians. Peak memory {run['peak_ours_MB']:.0f} MB "
         f"and {run['peak_pydensecrf_MB']:.0f} MB; a second process starts in {run['start_of_a_second_process_s']} s.",
         "",
-        "| scene | labels | threads | mode | ours | pydensecrf | times faster | labels that differ |",
-        "|---|---|---|---|---|---|---|---|",
+        *heads("scene", "labels", "threads", "mode", "ours", "pydensecrf", "times faster", "labels that differ"),
     ]
     for row in run["rows"]:
         mode, times = "fast" if row["fast"] else "exact", f"{row['ours_ms']:.0f} ms | {row['pydensecrf_ms']:.0f} ms"
@@ -109,7 +114,7 @@ def dense_crf(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def speed(_: str, run: Run) -> str:
+def speed(run: Run) -> str:
     """One row per comparison of speed.py, and how it was measured."""
     pairs, (height, width) = run["rows"][0]["pairs"], run["size"]
     lines = [
@@ -119,8 +124,7 @@ def speed(_: str, run: Run) -> str:
         f"same weights on both sides, {pairs} pairs of calls in turns. The ratio is the median of the pairs' ratios of {run['clock']} "
         f"time, with its quartiles; at most {run['limit']} is asked of a forward pass.",
         "",
-        "| what | memory format | precision | ours | theirs | ratio | quartiles |",
-        "|---|---|---|---|---|---|---|",
+        *heads("what", "memory format", "precision", "ours", "theirs", "ratio", "quartiles"),
     ]
     for row in run["rows"]:
         low, high = row["quartiles"]
@@ -129,23 +133,22 @@ def speed(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def papers(name: str, run: Run) -> str:
+def papers(run: Run) -> str:
     """A group of papers.py: the paper's claims, ours, the verdict; then the rows."""
     lines = [
-        f"## The papers' comparisons: {name}",
+        f"## The papers' comparisons: {run['of']}",
         "",
         f"`{run['command']}` on {run['machine']}: {run['steps']} updates each (or as the row says), {run['network']}; same plan and seed. "
         f"The gain on the validation images of {run['set']} has its 95 % interval over the images.",
         *(["", run["note"]] if run.get("note") else []),
         "",
-        "| from | to | score | the paper | our gain in points | verdict |",
-        "|---|---|---|---|---|---|",
+        *heads("from", "to", "score", "the paper", "our gain in points", "verdict"),
     ]
     for claim in run["claims"]:
-        gain = f"{100 * claim['gain']:+.1f} ({100 * claim['low']:+.1f} to {100 * claim['high']:+.1f})"
+        gain = points(claim["gain"], claim["low"], claim["high"])
         score = SCORE_NAMES[claim.get("score", "miou")]
         lines.append(f"| {claim['worse']} | {claim['better']} | {score} | {claim['paper']} | {gain} | **{claim['verdict']}** |")
-    lines += ["", "| net | global | class average | mIoU | BF | the paper's | minutes |", "|---|---|---|---|---|---|---|"]
+    lines += ["", *heads("net", "global", "class average", "mIoU", "BF", "the paper's", "minutes")]
     for net, row in run["rows"].items():
         figures = [f"{100 * row[key]:.1f}" for key in ("pixel_accuracy", "mean_accuracy", "miou")]
         bf = "-" if row["bf"] is None else f"{100 * row['bf']:.1f}"
@@ -154,7 +157,7 @@ def papers(name: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def few_images(_: str, run: Run) -> str:
+def few_images(run: Run) -> str:
     """Rows of unet_isbi.py."""
     scores = {
         "pixel_error": "pixel error", "rand_error": "Rand error", "v_rand_thinned": "V_rand, thinned", "warping_error": "warping error",
@@ -169,8 +172,7 @@ def few_images(_: str, run: Run) -> str:
         "still underfit, so deformation and more slices have nothing to mend: such a row says what holds at this budget, not that the "
         "paper's gain is absent at its own.",
         "",
-        f"| row | slices | {' | '.join(scores.values())} | {' | '.join(f'gain in {name}' for name in scores.values())} |",
-        "|---|---" + "|---" * (2 * len(scores)) + "|",
+        *heads("row", "slices", *scores.values(), *(f"gain in {name}" for name in scores.values())),
         f"| the paper, hidden test | 30 | {' | '.join(str(run['board'][score]) for score in scores)} | - | - | - | - |",
     ]
     for name, row in run["rows"].items():
@@ -181,7 +183,7 @@ def few_images(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def bayesian(_: str, run: Run) -> str:
+def bayesian(run: Run) -> str:
     """Rows of bayesian.py."""
     lines = [
         "## Bayesian SegNet: samples and certainty",
@@ -190,24 +192,19 @@ def bayesian(_: str, run: Run) -> str:
         f"on camvid at half its size; {run['images']} validation images. The paper (arXiv:1511.02680): samples beat dropout "
         "off from about 6 on. The gain in mIoU over dropout off has its 95 % interval over the images.",
         "",
-        "| samples | global | class average | mIoU | gain in points |",
-        "|---|---|---|---|---|",
+        *heads("samples", "global", "class average", "mIoU", "gain in points"),
     ]
     for name, row in run["rows"].items():
         figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("global", "average", "miou"))
-        gain = "-" if name == "0" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in row["gain"]))
+        gain = "-" if name == "0" else points(*row["gain"])
         lines.append(f"| {'dropout off' if name == '0' else name} | {figures} | {gain} |")
     shares = next(iter(run["certain"].values()))
-    lines += [
-        "",
-        f"| accuracy of the most certain pixels, by | {' | '.join(f'{share} %' for share in shares)} |",
-        "|---" * (1 + len(shares)) + "|",
-    ]
+    lines += ["", *heads("accuracy of the most certain pixels, by", *(f"{share} %" for share in shares))]
     lines += [f"| {name} | {' | '.join(f'{100 * value:.1f}' for value in found.values())} |" for name, found in run["certain"].items()]
     return "\n".join([*lines, ""])
 
 
-def training(_: str, run: Run) -> str:
+def training(run: Run) -> str:
     """Rows of speed_training.py."""
     lines = [
         "## Training: our loop and the plain one",
@@ -217,9 +214,18 @@ def training(_: str, run: Run) -> str:
         "cores and with the workers' own, is hardly touched by what else the machine does. Memory is the most that all processes of a "
         "run held at once; ours keeps the decoded images, and has been run without that too (`train.cache=false`).",
         "",
-        "| net | images/s, ours | plain | times faster | processor seconds an image, ours | plain | times less | our memory | "
-        "without cache | plain |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *heads(
+            "net",
+            "images/s, ours",
+            "plain",
+            "times faster",
+            "processor seconds an image, ours",
+            "plain",
+            "times less",
+            "our memory",
+            "without cache",
+            "plain",
+        ),
     ]
     for row in run["rows"]:
         cells = [row["net"]]
@@ -231,18 +237,17 @@ def training(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def matrix_peak(name: str, run: Run) -> str:
+def matrix_peak(run: Run) -> str:
     """One row per net and pass of matrix_peak.py."""
-    words = f"{run['machine']}, {run['threads']} thread(s)" if name.startswith("cpu") else run["machine"]
+    words = f"{run['machine']}, {run['threads']} thread(s)" if run["of"].startswith("cpu") else run["machine"]
     lines = [
-        f"## Share of the machine's matrix peak: {name}",
+        f"## Share of the machine's matrix peak: {run['of']}",
         "",
         f"`{run['command']}` on {words}, {'bf16' if run['precision'] == 'bf16' else 'float32'}, channels last, batches of {run['batch']}: "
         "multiplications and additions of convolutions and matrix products by the median of the times, beside what the best of some large "
         "matrix products reaches just then. Above 100 %: 3x3 convolutions can be had with fewer multiplications than are counted.",
         "",
-        "| net | pass | ms | 10^9 operations | 10^12 a second | peak | share |",
-        "|---|---|---|---|---|---|---|",
+        *heads("net", "pass", "ms", "10^9 operations", "10^12 a second", "peak", "share"),
     ]
     for row in run["rows"]:
         rates = f"{row['tera_a_second']:.3f} | {row['peak_tera_a_second']:.3f} | **{100 * row['share']:.0f} %**"
@@ -250,7 +255,7 @@ def matrix_peak(name: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def time_to_score(_: str, run: Run) -> str:
+def time_to_score(run: Run) -> str:
     """Both sides of time_to_score.py."""
     lines = [
         f"## Time to a mean IoU of {run['until']} on {run['set']}",
@@ -258,8 +263,7 @@ def time_to_score(_: str, run: Run) -> str:
         f"`{run['command']}` on {run['machine']}: `perpixel train` as planned and the plain loop, with the same encoder and its published "
         f"weights, {run['minutes']:g} minutes each at most; from the start of the process to the first validation that reaches it.",
         "",
-        "| loop | on the wall | of the processor | best mIoU | validations: seconds, mIoU |",
-        "|---|---|---|---|---|",
+        *heads("loop", "on the wall", "of the processor", "best mIoU", "validations: seconds, mIoU"),
     ]
     for side in ("ours", "plain"):
         found = run[side]
@@ -269,15 +273,14 @@ def time_to_score(_: str, run: Run) -> str:
     return "\n".join([*lines, ""])
 
 
-def startup(_: str, run: Run) -> str:
+def startup(run: Run) -> str:
     """One row per call of startup.py."""
     lines = [
         "## Start-up",
         "",
         f"`{run['command']}` on {run['machine']}: medians of {run['repeats']} new processes.",
         "",
-        "| what | on the wall | of the processor | at most |",
-        "|---|---|---|---|",
+        *heads("what", "on the wall", "of the processor", "at most"),
     ]
     for row in run["rows"]:
         limit = "-" if row["limit"] is None else f"{row['limit']} s"
@@ -287,7 +290,7 @@ def startup(_: str, run: Run) -> str:
 
 def memory() -> str:
     """One row per size of image of memory.py."""
-    runs = read("memory-evaluate-*").values()
+    runs = read("memory-evaluate-*")
     if not runs:
         return ""
     lines = [
@@ -296,8 +299,7 @@ def memory() -> str:
         "`benchmarks/memory.py`: what the process holds beyond what it held after its first image, while all scores are "
         "gathered; at most 500 MB are allowed.",
         "",
-        "| command | machine | images | size | most above the first image | wall-clock |",
-        "|---|---|---|---|---|---|",
+        *heads("command", "machine", "images", "size", "most above the first image", "wall-clock"),
     ]
     for run in sorted(runs, key=lambda run: run["size"]):
         size, most = "x".join(map(str, run["size"])), f"**{run['most_above_first_megabytes']:.0f} MB**"

@@ -121,7 +121,7 @@ class TrainSection(Section):
     class_weights: Literal["none", "median_frequency", "inverse_log"] | list[ClassWeight] = "none"  # a list is taken as it is
     border_weights: bool = False
     augment: AugmentSection = AugmentSection()
-    augment_on_device: bool = False  # resample and recolour where the network is; the processor only reads and cuts
+    augment_on_device: bool = False  # resample and recolour where the network is; the processor reads, cuts and labels
     validations: int = Field(10, ge=1)
     workers: int = Field(0, ge=0)
     cache: bool = True

@@ -26,7 +26,7 @@ from perpixel.data.dataset import Batch, DevicePrefetcher, LabelledImages, Sampl
 from perpixel.data.display import overlay, to_display
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import LabelMap
-from perpixel.data.transforms import Augmentation, Cut, Normalize
+from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, Observer, score
 from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
@@ -128,15 +128,12 @@ class Run:
             ignore=self.label_map.ignore,
             **section.augment.model_dump(),
         )
-        return SampleStream(self.train_images, augmentation, section.seed, cut=section.augment_on_device)
+        return SampleStream(self.train_images, augmentation, section.seed)
 
     def _first_images(self, count: int = 32) -> Iterator[Tensor]:
         """The first augmented images, normalised, one by one."""
-        stream, device = self.stream, self.fabric.device
         for number in range(count):
-            image = stream[number][0]
-            made = stream.augmentation.render(image, device) if isinstance(image, Cut) else image.to(device)
-            yield self.normalize(made)[None]
+            yield self.normalize(self.stream[number][0].to(self.fabric.device))[None]
 
     def _batch_norm_pass(self) -> None:
         """Statistics of batch norm of the scored model, from the first epoch's images in whole batches.
@@ -165,7 +162,7 @@ class Run:
         section, device = self.section, self.fabric.device
         numbers = sample_numbers(first_step, section.batch, self.fabric.global_rank, self.fabric.world_size)
         loader = DataLoader(
-            self.stream,
+            self.stream.cuts() if section.augment_on_device else self.stream,
             batch_sampler=_Endless(numbers),
             num_workers=section.workers,
             collate_fn=collate,

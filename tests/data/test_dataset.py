@@ -198,23 +198,23 @@ EVERYTHING = {"scale": (0.5, 2.0), "rotation": 30.0, "flip_horizontal": True, "r
 def test_images_made_ahead_in_a_thread_are_those_of_the_stream(pairs, workers, weigh):
     images = images_of(pairs, cache=weigh is not None or workers == 0, weigh=weigh)
     augmentation = Augmentation(crop=(8, 8), **EVERYTHING)
-    whole, cut = (SampleStream(images, augmentation, seed=1, cut=cut) for cut in (False, True))
+    whole = SampleStream(images, augmentation, seed=1)
     batches = list(itertools.islice(sample_numbers(0, 4), 5))
-    loader = torch.utils.data.DataLoader(cut, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(whole.cuts(), batch_sampler=batches, num_workers=workers, collate_fn=collate)
     for numbers, batch in zip(batches, DevicePrefetcher(loader, augmentation, torch.device("cpu")), strict=True):
         for part, expected in zip(batch, collate([whole[number] for number in numbers]), strict=True):
             assert (part is None and expected is None) or torch.equal(part, expected)
 
 
 def test_a_cut_takes_along_no_more_of_its_picture_than_it_needs(pairs):
-    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True)
+    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1).cuts()
     for number in range(5):
         region = stream[number][0].region
         assert region.untyped_storage().nbytes() == region.numel() * region.element_size()
 
 
 def test_the_next_batch_is_asked_for_while_this_one_is_in_use(pairs):
-    stream, asked = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True), threading.Event()
+    stream, asked = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1).cuts(), threading.Event()
 
     class Slow:
         def __iter__(self):
@@ -222,7 +222,7 @@ def test_the_next_batch_is_asked_for_while_this_one_is_in_use(pairs):
             asked.set()
             yield collate([stream[number] for number in range(2, 4)])
 
-    batches = iter(DevicePrefetcher(Slow(), stream.augmentation, torch.device("cpu")))
+    batches = iter(DevicePrefetcher(Slow(), stream.stream.augmentation, torch.device("cpu")))
     next(batches)
     assert asked.wait(timeout=60)
     assert len(list(batches)) == 1
@@ -234,18 +234,18 @@ def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for(pairs):
             yield collate([stream[number] for number in range(2)])
             raise ValueError("photo.png: truncated")
 
-    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True)
-    batches = iter(DevicePrefetcher(Broken(), stream.augmentation, torch.device("cpu")))
+    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1).cuts()
+    batches = iter(DevicePrefetcher(Broken(), stream.stream.augmentation, torch.device("cpu")))
     assert next(batches)[0].shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"photo\.png: truncated"):
         next(batches)
 
 
 def test_a_loop_that_ends_early_leaves_no_thread(pairs):
-    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1, cut=True)
+    stream = SampleStream(images_of(pairs), Augmentation(crop=(4, 4)), seed=1).cuts()
     endless = (collate([stream[number] for number in numbers]) for numbers in sample_numbers(0, 2))
     before = threading.active_count()
-    for count, _ in enumerate(batches := iter(DevicePrefetcher(endless, stream.augmentation, torch.device("cpu")))):
+    for count, _ in enumerate(batches := iter(DevicePrefetcher(endless, stream.stream.augmentation, torch.device("cpu")))):
         if count == 3:
             break
     batches.close()

@@ -242,13 +242,13 @@ def test_a_cascade_behind_any_encoder_labels_every_pixel_and_trains_every_parame
         ("regnety_002", 16, [2, 2, 2, 2, 4, 8]),
         ("vgg11", 8, [4, 8]),
         ("res2net50_26w_4s", 16, [4, 4, 4, 8, 8, 8]),  # several convolutions side by side in a unit
-        ("mixnet_s", 16, None),  # kernels of several sizes in a layer
+        ("mixnet_s", 16, [4] * 4 + [8] * 4),  # kernels of several sizes in a layer
     ],
 )
 def test_multi_grid_multiplies_the_rates_of_an_encoder_s_last_units(encoder, output_stride, rates):
     network = build("deeplab_v3", 2, encoder, output_stride=output_stride, multi_grid=[1, 2, 4]).encoder
     atrous = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.dilation[0] > 1]
-    assert rates is None or [layer.dilation[0] for layer in atrous] == rates
+    assert [layer.dilation[0] for layer in atrous] == rates
     assert all(
         layer.padding == tuple(rate * (side // 2) for rate, side in zip(layer.dilation, layer.kernel_size, strict=True)) for layer in atrous
     )

@@ -111,29 +111,31 @@ class LabelledImages(Dataset[Example]):
         return Example(torch.from_numpy(image), torch.from_numpy(labels), weights, pair.image.name)
 
 
-Sample = tuple[Tensor | Cut, Tensor, Tensor | None]
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
-class SampleStream(Dataset[Sample]):
+class SampleStream(Dataset[Batch]):
     """Sample `number` of an endless, shuffled, augmented stream: a pure function of (seed, number), whatever came before.
 
-    Every image comes once per epoch of len(images) numbers. With `cut`, images come as what they are to be made from (`Cut`).
+    Every image comes once per epoch of len(images) numbers.
     """
 
-    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int, cut: bool = False) -> None:
-        self.images, self.augmentation, self.seed, self.cut = images, augmentation, seed, cut
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
         self._orders: dict[int, list[int]] = {}  # of the epochs in use; a plain dict, so that worker processes can be handed a copy
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Batch:
+        return self.augmentation(*self.drawn(number))
+
+    def drawn(self, number: int) -> tuple[Tensor, Tensor, torch.Generator, Tensor | None]:
+        """What the augmentation takes: image, labels, the sample's random numbers, weights."""
         epoch, place = divmod(number, len(self.images))
         example = self.images[self._order(epoch)[place]]
-        given = (example.image, example.labels, _generator(self.seed, 1, number), example.weights)
-        if not self.cut:
-            return self.augmentation(*given)
-        cut, labels, weights = self.augmentation.cut(*given)
-        # A copy: a view would take its whole picture along to another process.
-        return cut._replace(region=cut.region.clone(memory_format=torch.contiguous_format)), labels, weights
+        return example.image, example.labels, _generator(self.seed, 1, number), example.weights
+
+    def cuts(self) -> "CutStream":
+        """The same samples, their images not made yet."""
+        return CutStream(self)
 
     def _order(self, epoch: int) -> list[int]:
         order = self._orders.get(epoch)
@@ -144,7 +146,19 @@ class SampleStream(Dataset[Sample]):
         return order
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Cut], Tensor, Tensor | None]:
+class CutStream(Dataset[tuple[Cut, Tensor, Tensor | None]]):
+    """The samples of a stream, each image as what it is to be made from."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, number: int) -> tuple[Cut, Tensor, Tensor | None]:
+        cut, labels, weights = self.stream.augmentation.cut(*self.stream.drawn(number))
+        # A copy: a view would take its whole picture along to another process.
+        return cut._replace(region=cut.region.clone(memory_format=torch.contiguous_format)), labels, weights
+
+
+def collate(samples: Sequence[tuple[Tensor | Cut, Tensor, Tensor | None]]) -> tuple[Tensor | list[Cut], Tensor, Tensor | None]:
     """Samples to a batch: images (N, C, h, w), labels (N, h, w), weights (N, h, w) or None; cuts, which differ in size, stay a list."""
     images, labels, weights = zip(*samples, strict=True)
     whole = list(images) if isinstance(images[0], Cut) else torch.stack(images)
@@ -157,7 +171,7 @@ class DevicePrefetcher:
     Labels and weights are moved there too.
 
     Args:
-        loader: batches of `collate` over a stream with `cut`.
+        loader: batches of `collate` over a `CutStream`.
         augmentation: of that stream.
         device: where the images are made and wanted.
     """

@@ -190,18 +190,19 @@ class Augmentation:
         grid = None
         if self.rotation or self.elastic_sigma:
             rows, columns = self._positions(window, size, math.radians(self.rotation) * (2 * draw[7] - 1), rng)
-            step, window = (window.height / size[0], window.width / size[1]), _seen(rows, columns)
-            small = [max(1, round(side / max(1.0, by))) for side, by in zip((window.height, window.width), step, strict=True)]
+            down, across = window.height / size[0], window.width / size[1]
+            window = _seen(rows, columns)
+            resized = max(1, round(window.height / max(1.0, down))), max(1, round(window.width / max(1.0, across)))
             grid = _sampling_grid(rows, columns, window)
         else:
             rows, columns = _sources(window.top, window.height, size[0])[:, None], _sources(window.left, window.width, size[1])[None]
-            small = list(size)
+            resized = size
         picked = [_pick(field, self._inner(rows), self._inner(columns), outside) for field, outside in fields]
         flips = [axis for axis, wanted, u in ((-2, self.flip_vertical, draw[8]), (-1, self.flip_horizontal, draw[9])) if wanted and u < 0.5]
         picked = [_turned(field, flips, turns) for field in picked]
         with torch.autocast("cpu", enabled=False):  # of a caller, whose network it is for: colours would lose bits
             colour = self._colour_map(image.shape[0], draw[10:14])
-        cut = Cut(_region(image, window), (small[0], small[1]), grid, flips, turns, LIMITS.get(image.dtype), colour)
+        cut = Cut(_region(image, window), resized, grid, flips, turns, LIMITS.get(image.dtype), colour)
         return cut, picked[0], picked[1] if weights is not None else None
 
     def render(self, cut: Cut, device: torch.device | str = "cpu") -> Tensor:

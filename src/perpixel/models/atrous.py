@@ -276,10 +276,10 @@ def _atrous_units(encoder: nn.Module) -> list[list[nn.Conv2d]]:
     convolutions = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1}
     most = max((max(layer.dilation) for layer in convolutions.values()), default=1)
     atrous = {tuple(name.split(".")): layer for name, layer in convolutions.items() if max(layer.dilation) == most > 1}
-    depth = next((depth for depth, parts in enumerate(zip(*atrous, strict=False)) if len(set(parts)) > 1), 0)
+    shared = next((place for place, parts in enumerate(zip(*atrous, strict=False)) if len(set(parts)) > 1), 0)
     units: dict[str, list[nn.Conv2d]] = {}
     for path, layer in atrous.items():
-        ways = (".".join(path[: depth + deeper]) for deeper in range(1, len(path)))
+        ways = (".".join(path[: shared + deeper]) for deeper in range(1, len(path)))
         unit = next(way for way in ways if not isinstance(encoder.get_submodule(way), nn.Sequential | nn.ModuleList | nn.ModuleDict))
         units.setdefault(unit, []).append(layer)
     return list(units.values())
