@@ -1,4 +1,4 @@
-"""U-Net from few images: 5-fold cross-validation on ISBI 2012's 30 slices; writes benchmarks/results/unet-isbi2012.json.
+"""U-Net from few images: 5-fold cross-validation on ISBI 2012's 30 slices; writes benchmarks/results/unet-isbi2012-WIDTH-STEPS.json.
 
 python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER]
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
-from record import RESULTS, write
+from record import write
 
 from perpixel.metrics.intervals import values_table
 from perpixel.metrics.measures import MEASURES
@@ -114,7 +114,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where the runs stay; a temporary folder without it")
     given = parser.parse_args()
     given.runs = given.runs or Path(tempfile.mkdtemp())
-    file = RESULTS / "unet-isbi2012.json"
     rows: dict[str, dict[str, Any]] = {}
     first: Board | None = None
     for name in given.rows:
@@ -127,8 +126,8 @@ def main() -> None:
         first = board if first is None else first
         rows[name] = row_of(board, first)
         content = {"steps": given.steps, "width": given.width, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
-        write("unet-isbi2012", content)
-        sys.stdout.write(json.dumps({name: rows[name]}) + f"\n{file}\n")
+        write(f"unet-isbi2012-{given.width}-{given.steps}", content)
+        sys.stdout.write(json.dumps({name: rows[name]}) + "\n")
 
 
 if __name__ == "__main__":
