@@ -84,11 +84,13 @@ def test_validation_images_are_those_of_the_run_before(sample_set, tmp_path):
     assert second.scores["losses"].keys() == first.scores["losses"].keys()
 
 
-def test_frozen_parts_keep_their_statistics_of_batch_norm_too(sample_set, tmp_path):
+@pytest.mark.parametrize("average", ["null", "0.9"])
+@pytest.mark.parametrize("measured", ["false", "true"])
+def test_frozen_parts_keep_their_statistics_of_batch_norm_too(sample_set, tmp_path, average, measured):
     run(sample_set, tmp_path / "one", "model.options.width=4", "model.encoder_weights=false", steps=1)
     start = tmp_path / "one" / "best.safetensors"
     second = [f"model.start_from={start}", "train.frozen=[encoder, decoder.stages]", "train.freeze_batch_norm=false"]
-    run(sample_set, tmp_path / "two", *second, steps=2)
+    run(sample_set, tmp_path / "two", *second, f"train.ema={average}", f"train.batch_norm_pass={measured}", steps=2)
     before, after = load_file(start), load_file(tmp_path / "two" / "last.safetensors")
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed

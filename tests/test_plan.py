@@ -367,3 +367,24 @@ def test_a_trained_segnet_keeps_its_encoder_s_statistics_and_has_the_decoder_s_m
     train = plan(a_check(), LAPTOP, given)[0].train
     assert train.freeze_batch_norm is True
     assert train.batch_norm_pass
+
+
+@pytest.mark.parametrize("loss", ["dice", "lovasz_softmax"])
+def test_no_class_weights_are_planned_for_a_loss_that_has_no_use_for_them(loss):
+    report = a_check()
+    report.pixels["train"] = [1_000_000, 500_000, 100]
+    uneven = plan(report, LAPTOP, {})[0].train
+    assert uneven.class_weights == "inverse_log"
+    given = plan(report, LAPTOP, {"train": {"loss": [{"name": loss}]}})[0].train
+    assert given.class_weights == "none"
+
+
+def test_a_sum_over_pixels_is_planned_with_cross_entropy_alone():
+    assert [term.name for term in plan(a_check(), LAPTOP, {"train": {"loss_reduction": "sum"}})[0].train.loss] == ["cross_entropy"]
+
+
+def test_border_weights_count_in_what_the_decoded_set_takes():
+    report = a_check(size=(3000, 4000), images=60)
+    takes = [plan(report, LAPTOP, {"train": {"border_weights": on}})[1]["train.cache"] for on in (False, True)]
+    without, weighed = (float(reason.split("takes ")[1].split(" of")[0]) for reason in takes)
+    assert weighed / without == pytest.approx((3 + 1 + 4) / (3 + 1), rel=0.02)

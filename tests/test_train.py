@@ -1,8 +1,10 @@
 """Training: the loop, what it writes, and that nothing is lost when it is killed."""
 
+import contextlib
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -281,3 +283,37 @@ def test_training_from_python_says_nothing_that_was_not_asked_for(sample_set, tm
     settings = [*tiny_settings, "train.precision=bf16-mixed", "train.validations=1"]
     train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=1, settings=settings)
     assert capfd.readouterr() == ("", "")
+
+
+def test_classes_or_labels_that_contradict_the_recipe_are_refused_and_those_that_repeat_it_are_not(sample_set, run, tmp_path):
+    own = read_recipe(run / "recipe.yaml")["data"]
+    names = ",".join(own["classes"])
+    for out, more in ((run, {"resume": True}), (tmp_path, {"recipe": str(run / "recipe.yaml")})):
+        with pytest.raises(ValueError, match="--classes names other classes than the recipe"):
+            train(sample_set / "images", sample_set / "masks", out=out, classes="a," + names, **more)
+        with pytest.raises(ValueError, match=r"--label 2=255, but the recipe makes 2 of 2"):
+            train(sample_set / "images", sample_set / "masks", out=out, labels={2: 255}, **more)
+    same = train(sample_set / "images", sample_set / "masks", out=run, classes=names, labels={2: 2}, resume=True)
+    assert same.recipe.data.classes == own["classes"]
+
+
+@pytest.mark.parametrize(("setting", "length"), [("train.steps=5", {"minutes": 1.0}), ("train.minutes=1", {"steps": 5})])
+def test_a_length_among_the_settings_and_another_are_refused(sample_set, tmp_path, setting, length):
+    with pytest.raises(ValueError, match="are given; give one of them"):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, settings=[setting], **length)
+
+
+def test_images_with_border_weights_that_are_not_cached_can_be_handed_to_worker_processes(sample_set, tmp_path, tiny_settings, monkeypatch):
+    """Where Python starts them afresh (forkserver, spawn), what they work on is pickled."""
+    sent = []
+
+    def first_step(self, images, labels, weights, rate):
+        sent.append((pickle.loads(pickle.dumps(self.stream))[0][2], self.stream[0][2]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "train_step", first_step)
+    settings = [*tiny_settings, "train.border_weights=true", "train.cache=false", "train.class_weights=median_frequency"]
+    with contextlib.suppress(KeyboardInterrupt):
+        train(sample_set / "images", sample_set / "masks", out=tmp_path, steps=2, settings=settings)
+    there, here = sent[0]
+    assert torch.equal(there, here)

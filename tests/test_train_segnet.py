@@ -13,8 +13,9 @@ from perpixel.bundle import load_bundle
 from perpixel.losses import cross_entropy
 from perpixel.models.batch_norm import batch_norms, measure_batch_norm
 from perpixel.recipe import Recipe, read_settings
-from perpixel.run import Run, _class_weights
+from perpixel.run import Run
 from perpixel.train import train
+from perpixel.weighting import training_class_weights
 
 NARROW = ("model.options.width=2", "model.encoder_weights=null", "train.crop=[64, 96]", "train.batch=4", "train.precision=32-true")
 
@@ -26,9 +27,9 @@ class _Report:
 
 
 def test_a_list_of_class_weights_is_taken_as_it_is_and_a_computed_one_has_mean_1():
-    literal = _class_weights([0.2595, 4.564, 9.6446], _Report)
+    literal = training_class_weights([0.2595, 4.564, 9.6446], _Report)
     torch.testing.assert_close(literal, torch.tensor([0.2595, 4.564, 9.6446]))
-    computed = _class_weights("median_frequency", _Report)
+    computed = training_class_weights("median_frequency", _Report)
     assert float(computed @ torch.tensor([0.6, 0.3, 0.1])) == pytest.approx(1)
 
 

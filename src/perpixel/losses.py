@@ -150,7 +150,7 @@ class CombinedLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
         """(N,) losses of logits (N, K, H, W) against labels (N, H, W); pixel_weights (N, H, W) reach cross entropy and focal."""
-        if pixel_weights is not None and not any(name in _PIXEL_LOSSES for name, _ in self.terms):
+        if pixel_weights is not None and not any(name in PIXEL_LOSSES for name, _ in self.terms):
             raise ValueError(f"pixel weights do nothing to {self._names()}; add the term cross_entropy or focal, or leave them out")
         total = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
         for name, factor in self.terms:
@@ -204,7 +204,7 @@ def combined(
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"the factor of {name} is {factor}; it must be a positive number. To leave a loss out, remove its term")
     loss = CombinedLoss(tuple((name, float(factor)) for name, factor in terms), ignore, class_weights, label_smoothing, gamma, reduction)
-    if class_weights is not None and not any(name in _PIXEL_LOSSES for name, _ in terms):
+    if class_weights is not None and not any(name in PIXEL_LOSSES for name, _ in terms):
         raise ValueError(f"class weights do nothing to {loss._names()}; add the term cross_entropy or focal, or use class weights none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in 0 to 1")
@@ -316,7 +316,7 @@ def border_weights(labels: np.ndarray, w0: float = 10.0, sigma: float = 5.0, bac
     return weights.astype(np.float32)
 
 
-_PIXEL_LOSSES = ("cross_entropy", "focal")
+PIXEL_LOSSES = ("cross_entropy", "focal")
 
 
 def _checked(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from perpixel.check import Check
+from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
 from perpixel.recipe import Recipe, check_parts, merge
@@ -236,7 +237,8 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     choices.take("train.batch", *_batch(machine))
     choices.take("train.precision", "bf16-mixed" if machine.bf16 else "32-true", f"this machine: {machine.words}")
     values = sum(height * width * count for (height, width), count in report.sizes.items())
-    decoded = values * (report.bands * DEPTH[report.dtype] + 1)
+    weighed = 4 if _given(choices.given, "train.border_weights") else 0  # a float32 for each pixel
+    decoded = values * (report.bands * DEPTH[report.dtype] + (1 if len(report.classes) <= 255 else 2) + weighed)
     fits = decoded < machine.memory / 4
     choices.take("train.cache", fits, f"decoded, the set takes {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
     workers = min(8, machine.cores - 1) if machine.gpu else 0
@@ -302,9 +304,14 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
     uneven = min(shares) < 0.1 / len(shares)
     rare = f"the rarest class has {100 * min(shares):.2g} % of the pixels"
-    choices.take("train.class_weights", "inverse_log" if uneven else "none", rare)
-    terms = [{"name": "cross_entropy", "weight": 1.0}, {"name": "lovasz_softmax", "weight": 0.5}]
-    choices.take("train.loss", terms, "Lovasz-softmax raises IoU, cross-entropy keeps the scores honest")
+    terms, why = [{"name": "cross_entropy", "weight": 1.0}], "a sum over pixels is for cross-entropy alone"
+    if _given(choices.given, "train.loss_reduction") != "sum":
+        terms, why = [*terms, {"name": "lovasz_softmax", "weight": 0.5}], "Lovasz-softmax raises IoU, cross-entropy keeps the scores honest"
+    loss = choices.take("train.loss", terms, why)
+    if any(term["name"] in PIXEL_LOSSES for term in loss):
+        choices.take("train.class_weights", "inverse_log" if uneven else "none", rare)
+    else:
+        choices.take("train.class_weights", "none", "the loss has no use for them")
     if (model.get("options", {}).get("head_stride") or 1) > 1:
         choices.take("train.loss_stride", 2, "the logits are no finer than that")
 

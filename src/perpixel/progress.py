@@ -163,7 +163,7 @@ def _tensorboard(out: Path, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "events"), purge_step=first_step)
+    return SummaryWriter(str(out / "events"), purge_step=first_step + 1)
 
 
 def _clock(seconds: float) -> str:

@@ -125,7 +125,7 @@ class TrainSection(Section):
     validations: int = Field(10, ge=1)
     workers: int = Field(0, ge=0)
     cache: bool = True
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     report: bool = True  # report.html at the end
 
     @model_validator(mode="after")

@@ -29,9 +29,9 @@ from perpixel.data.masks import LabelMap
 from perpixel.data.transforms import Augmentation, Normalize
 from perpixel.data.writing import replacing, write_rgb
 from perpixel.evaluate import Evaluation, Observer, score
-from perpixel.losses import CombinedLoss, border_weights, class_weights, combined, cost, labels_at
+from perpixel.losses import CombinedLoss, combined, cost, labels_at
 from perpixel.models import MODELS, build
-from perpixel.models.batch_norm import batch_norms, freeze_batch_norm, measure_batch_norm, unfold_batch_norm
+from perpixel.models.batch_norm import batch_norms, freeze_batch_norm, is_frozen, measure_batch_norm, unfold_batch_norm
 from perpixel.models.model import SegmentationModel
 from perpixel.optimisation import Average, freeze, make_optimizer
 from perpixel.progress import TrainingLog
@@ -39,6 +39,7 @@ from perpixel.recipe import Recipe
 from perpixel.report.findings import Findings
 from perpixel.report.make import unlabelled_images, write_report
 from perpixel.scores import DEFAULT_GROUPS, Scores
+from perpixel.weighting import pixel_weighing, training_class_weights
 
 UNLABELLED = 100  # images without masks looked at for the report: a run's time is for training
 PICTURES = 6  # validation images drawn with each best bundle
@@ -68,8 +69,9 @@ class Run:
         self.recipe, self.report, self.fabric, self.out, self.section = recipe, report, fabric, out, section
         self.label_map = LabelMap.from_dict(recipe.data.label_map)
         self.normalize = Normalize(FULL_SCALE[recipe.data.dtype], tuple(recipe.data.mean), tuple(recipe.data.std))
-        self.class_weights = _class_weights(section.class_weights, report)
-        self.train_images = self._images("train", self._pixel_weights if section.border_weights else None)
+        self.class_weights = training_class_weights(section.class_weights, report)
+        weigh = pixel_weighing(self.class_weights, self.label_map.ignore) if section.border_weights else None
+        self.train_images = self._images("train", weigh)
         self.val_images = self._images("val")
         self.criterion = self._criterion()
         self.place = Place(data=_fingerprint(report))
@@ -99,13 +101,6 @@ class Run:
     def _images(self, split: str, weigh: Callable[[np.ndarray], np.ndarray] | None = None) -> LabelledImages:
         data = self.recipe.data
         return LabelledImages(self.report.split(split), self.label_map, data.bands, data.dtype, weigh, self.section.cache)
-
-    def _pixel_weights(self, labels: np.ndarray) -> np.ndarray:
-        """(H, W) weights of U-Net's eq. 2: class weight plus border weight, a sum, so the loss gets no class weights of its own."""
-        by_label = np.ones(self.label_map.ignore + 1, np.float32)
-        if self.class_weights is not None:
-            by_label[: len(self.class_weights)] = self.class_weights.numpy()
-        return by_label[labels] + border_weights(labels, ignore=self.label_map.ignore)
 
     def _criterion(self) -> CombinedLoss:
         section = self.section
@@ -142,10 +137,12 @@ class Run:
         """
         torch.manual_seed(self.section.seed)  # dropout; each step of training sets its own
         batches = -(-len(self.train_images) // self.section.batch)
-        frozen = self.scored.encoder if self.section.freeze_batch_norm else None
+        kept = set(batch_norms(self.scored.encoder)) if self.section.freeze_batch_norm else set()
+        pairs = zip(batch_norms(self.bare), batch_norms(self.scored), strict=True)
+        kept |= {scored for own, scored in pairs if is_frozen(own)}  # averaged weights have no gradients to tell it by
         with self.fabric.autocast():
             images = (self._pixels(images) for images, _, _ in islice(self.batches(0), batches))
-            measure_batch_norm(self.scored, images, frozen)
+            measure_batch_norm(self.scored, images, torch.nn.ModuleList(kept))
         if self.fabric.world_size > 1:
             for norm in batch_norms(self.scored):
                 for statistic in (norm.running_mean, norm.running_var):
@@ -180,7 +177,7 @@ class Run:
         if section.freeze_batch_norm:
             freeze_batch_norm(self.bare if section.freeze_batch_norm == "all" else self.bare.encoder)
         for layer in batch_norms(self.bare):
-            if layer.weight is not None and not layer.weight.requires_grad:  # of a frozen part: its statistics stay too
+            if is_frozen(layer):
                 layer.eval()
         with self.fabric.autocast():  # Fabric opens it around `forward` alone
             outputs = self.model.supervised(self._pixels(images))
@@ -382,28 +379,6 @@ class _Endless(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.batches
-
-
-def _class_weights(kind: str | list[float], report: Check) -> Tensor | None:
-    """(K,) weights; computed ones of mean 1 over the training pixels, so that the learning rate and the other losses keep their meaning.
-
-    A list is taken as it is.
-    """
-    if kind == "none":
-        return None
-    if not isinstance(kind, str):
-        if len(kind) != len(report.classes):
-            names = ", ".join(report.classes)
-            raise ValueError(
-                f"train.class_weights has {len(kind)} numbers; there are {len(report.classes)} classes: give one for each of {names}"
-            )
-        return torch.tensor(kind)
-    pixels = report.pixels["train"]
-    weights, share = (
-        class_weights(kind, pixels, report.pixels_where_present["train"]),
-        torch.tensor(pixels, dtype=torch.float64) / sum(pixels),
-    )
-    return weights / float((weights * share).sum())
 
 
 def _every(stride: int, step: int) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from perpixel.bundle import Card, read_card, read_tensors
 from perpixel.check import Check, check, render
+from perpixel.data.class_names import read_classes
 from perpixel.data.masks import LabelMap
 from perpixel.optimisation import Clock, learning_rate, validation_seconds
 from perpixel.plan import plan, this_machine
@@ -73,10 +74,11 @@ def train(
         console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if not resume and (out / "resume.safetensors").exists():
         raise ValueError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder.")
-    given = merge(_stated(recipe, fast), read_settings(settings), _length(steps, minutes))
+    given = merge(_stated(recipe, fast), read_settings(settings), _length(steps, minutes, read_settings(settings).get("train", {})))
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given, read_settings(settings))
+    _refuse_other_meaning(classes, labels, given.get("data", {}))
     start = None if resumed else given.get("model", {}).get("start_from")
     if start:
         if read_settings(settings).get("model", {}).get("encoder_weights"):
@@ -195,13 +197,26 @@ def _stated(recipe: str | Path | None, fast: bool) -> dict[str, Any]:
     return {section: parts for section, parts in stated.items() if not (fast and section == "train")}
 
 
-def _length(steps: int | None, minutes: float | None) -> dict[str, Any]:
-    """The part of a recipe that says where the run ends; one given end replaces the other kind."""
-    if steps is None and minutes is None:
-        return {}
-    if steps is not None and minutes is not None:
-        raise ValueError("both steps and minutes are given; give one of them.")
-    return {"train": {"steps": steps, "minutes": minutes}}
+def _length(steps: int | None, minutes: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that says where the run ends; one given end replaces the other kind, but not one among the settings."""
+    ends = {"steps": steps, "minutes": minutes, "train.steps": settings.get("steps"), "train.minutes": settings.get("minutes")}
+    if len(given := [name for name, value in ends.items() if value is not None]) > 1:
+        raise ValueError(f"both {' and '.join(given)} are given; give one of them.")
+    return {"train": {"steps": steps, "minutes": minutes}} if steps is not None or minutes is not None else {}
+
+
+def _refuse_other_meaning(classes: str | None, labels: Mapping[int, int] | None, data: Mapping[str, Any]) -> None:
+    """ValueError where classes or labels contradict a recipe that says what masks mean: it would win, and nobody be told."""
+    if classes and data.get("classes") and list(read_classes(classes).names) != list(data["classes"]):
+        raise ValueError(f"--classes names other classes than the recipe: {', '.join(data['classes'])}. {_ONE_OF_THEM.format('classes')}")
+    values = (data.get("label_map") or {}).get("values", {})
+    for value, label in (labels or {}).items() if values else ():
+        if values.get(str(value)) != label:
+            stated = values.get(str(value), "nothing")
+            raise ValueError(f"--label {value}={label}, but the recipe makes {stated} of {value}. {_ONE_OF_THEM.format('label_map')}")
+
+
+_ONE_OF_THEM = "Leave the option out, or take data.{} out of the recipe."
 
 
 def _resumed(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class LabelledImages(Dataset[Example]):
         pairs: every one with a mask.
         label_map: from mask values to class indices.
         bands, dtype: what the model expects; see `conform`.
-        weigh: labels (H, W) -> weights (H, W), such as U-Net's border weights; computed once per image.
+        weigh: labels (H, W) -> weights (H, W), such as U-Net's border weights; computed whenever an image is decoded.
         cache: keep the decoded arrays in RAM.
     """
 
@@ -93,7 +93,7 @@ class LabelledImages(Dataset[Example]):
         if cache:
             with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
                 self._kept = list(pool.map(self._read, range(len(self.pairs))))
-            self.weigh = None  # done, and what it is bound to need not travel to worker processes
+            self.weigh = None  # done, so it need not travel to worker processes
 
     def __len__(self) -> int:
         return len(self.pairs)
