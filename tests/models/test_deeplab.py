@@ -279,3 +279,21 @@ def test_illegal_modules_are_refused_with_what_is_legal():
     ):
         with torch.device("meta"), pytest.raises(ValueError, match=message):
             build("deeplab_v3", 2, "resnet18", **options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.7])
+def test_the_paper_s_cascade_refuses_dropout_which_only_the_pyramid_has(dropout):
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="dropout is a part of modules 'aspp'; a cascade has none"):
+            build("deeplab_v3_paper", 2, modules="cascade", depth=50, dropout=dropout)
+        for asked, share in ((None, 0.1), (dropout, dropout)):
+            decoder = build("deeplab_v3_paper", 2, depth=50, dropout=asked).decoder
+            assert [layer.p for layer in decoder.modules() if isinstance(layer, nn.Dropout)] == [share]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("deeplab_v1", {}), ("deeplab_v3", {}), ("deeplab_v3plus", {}), ("deeplab_v3plus", {"variant": "smp"})]
+)
+def test_a_head_without_maps_is_refused(name, options):
+    with torch.device("meta"), pytest.raises(ValueError, match="width is 0; it must be at least 1"):
+        build(name, 2, "resnet18", width=0, **options)

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from perpixel.models import build
 from perpixel.models.encoders import UNetPath, batch_norm_is_folded, read_weights, timm_encoder
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -154,6 +155,26 @@ def test_a_size_that_a_network_cannot_take_is_a_value_error():
     encoder = timm_encoder("mixer_s32_224")
     with pytest.raises(ValueError, match="'mixer_s32_224' does not take images of 64x96 pixels"):
         encoder(torch.zeros(1, 3, 64, 96))
+
+
+@pytest.mark.parametrize("name", ["levit_128", "inception_v3"])
+def test_a_size_that_only_pytorch_refuses_is_a_value_error_too(name):
+    """LeViT's tables of positions do not fit, Inception's last windows are larger than the map."""
+    encoder = timm_encoder(name).eval()
+    with pytest.raises(ValueError, match=f"'{name}' does not take images of 64x64 pixels .*choose another encoder"):
+        encoder(torch.zeros(1, 3, 64, 64))
+
+
+def test_other_errors_of_a_network_pass_unchanged():
+    encoder = timm_encoder(SMALL)
+    encoder.network.forward = lambda image: torch.zeros(2, 3) @ image
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        encoder(torch.zeros(2, 3))
+
+
+def test_the_plain_path_asked_of_another_model_is_said_to_be_unet_s():
+    with pytest.raises(ValueError, match="encoder 'plain' is U-Net's own path; build unet on it, or choose one of timm's"):
+        build("fcn", 2, "plain")
 
 
 def test_the_u_net_path_drops_only_after_its_last_two_levels():

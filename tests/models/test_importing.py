@@ -264,6 +264,17 @@ def test_a_unet_of_segmentation_models_pytorch_gives_the_same_logits(name):
         assert (ours(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_a_tag_in_an_encoder_s_name_changes_neither_its_dilation_nor_what_is_refused():
+    """segmentation_models.pytorch's own resnet18 dilates every convolution of the last stage, timm's not the first."""
+    with torch.device("meta"):
+        plain, tagged = (build("deeplab_v3plus", 4, encoder=name, variant="smp") for name in ("resnet18", "resnet18.tv_in1k"))
+        dilations = [[m.dilation for m in net.encoder.modules() if isinstance(m, nn.Conv2d)] for net in (plain, tagged)]
+        with pytest.raises(ValueError, match=r"of 'tu-resnet18\.tv_in1k', whose stages dilate otherwise"):
+            import_weights(tagged, {"encoder.model.conv1.weight": torch.zeros(64, 3, 7, 7)}, "smp")
+    assert dilations[0] == dilations[1]
+    assert dilations[0].count((2, 2)) == 5
+
+
 @pytest.mark.parametrize(("name", "output_stride"), [("resnet18", 16), ("resnet18", 8), ("tu-mobilenetv3_small_050", 16)])
 def test_a_deeplab_v3plus_of_segmentation_models_pytorch_gives_the_same_logits(name, output_stride):
     """To 1e-5 of the largest. It takes multiples of its output stride; other images repeat their last pixels for it, and are cut."""
@@ -286,8 +297,9 @@ def test_a_checkpoint_whose_stages_dilate_otherwise_is_refused():
             import_weights(build("deeplab_v3plus", 4, encoder="resnet18", variant="smp"), theirs, "smp")
         with pytest.raises(ValueError, match="gives no feature maps at output stride 16"):
             build("deeplab_v3plus", 4, encoder="vit_tiny_patch16_224", variant="smp")
-        with pytest.raises(ValueError, match="output_stride is 32; with variant 'smp' it must be 8 or 16"):
-            build("deeplab_v3plus", 4, encoder="resnet18", variant="smp", output_stride=32)
+        for wrong in (32, 0):
+            with pytest.raises(ValueError, match=f"output_stride is {wrong}; with variant 'smp' it must be 8 or 16"):
+                build("deeplab_v3plus", 4, encoder="resnet18", variant="smp", output_stride=wrong)
 
 
 @pytest.mark.parametrize(("name", "branches"), [("deeplab_v1_paper", 1), ("deeplab_v2_vgg16_paper", 4)])

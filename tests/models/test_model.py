@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from perpixel.models import ENCODERS, MODELS, build
+from perpixel.models.dependency import dependency
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 
 
@@ -117,6 +118,17 @@ def test_an_image_of_other_bands_is_refused_with_both_numbers(name, encoder):
         model(torch.zeros(1, 5, 188, 188))
 
 
+def test_an_encoder_that_folds_pixels_into_bands_takes_the_image_s_own_bands():
+    """TResNet begins with 4x4 pixels as 16 times the bands (arXiv:2003.13630, sec. 2.2): its first convolution sees 80 of 5."""
+    with torch.device("meta"):
+        model = build("unet", 2, "tresnet_m", in_channels=5)
+        assert model.bands == 5
+        assert model(torch.zeros(1, 5, 64, 64)).shape == (1, 2, 64, 64)
+    with pytest.raises(ValueError, match="image has 3 bands; this model takes 5"):
+        model(torch.zeros(1, 3, 64, 64))
+    assert "body_s2d cuts the image into parts" in dependency(model).obstacle  # it is walked with the same bands
+
+
 def test_build_passes_every_option_on():
     options = {"decoder_channels": [24, 12], "head_stride": 4, "upsampling": "nearest", "image_pooling": True, "dropout": 0.25, "width": 3}
     model = build("unet", 4, "plain", in_channels=5, **options)
@@ -151,6 +163,13 @@ def test_every_recommended_encoder_exists(encoder):
 def test_classes_that_are_no_number_are_refused():
     with pytest.raises(TypeError, match="classes is '5'; give their number"):
         build("unet", "5")
+
+
+@pytest.mark.parametrize("classes", [0, -2])
+@pytest.mark.parametrize("name", ["unet", "segnet", "deeplab_v3_paper"])
+def test_less_than_one_class_is_refused_before_anything_is_built(name, classes):
+    with pytest.raises(ValueError, match=f"^a model needs at least 1 class, not {classes}$"):
+        build(name, classes)
 
 
 @pytest.mark.parametrize("name", MODELS)

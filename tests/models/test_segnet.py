@@ -33,6 +33,12 @@ def test_an_encoder_without_positions_is_refused_with_those_that_can(encoder):
         segnet(2, encoder)
 
 
+def test_a_tag_in_a_vgg_s_name_says_nothing_of_its_layers():
+    with torch.device("meta"):
+        plain, tagged = (segnet(2, name, width=1) for name in ("vgg16_bn", "vgg16_bn.tv_in1k"))
+    assert [(name, p.shape) for name, p in plain.named_parameters()] == [(name, p.shape) for name, p in tagged.named_parameters()]
+
+
 @pytest.mark.parametrize("bands", [1, 3, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_images_and_any_bands_train_every_parameter_from_the_smallest_size_on(name, bands):

@@ -10,7 +10,7 @@ from torchvision import models as torchvision_models
 from conftest import SHARED
 from perpixel.bundle import import_weights
 from perpixel.models import build
-from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, SqueezeNetPath, any_encoder
+from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, GoogLeNetPath, SqueezeNetPath, any_encoder
 
 GENERAL = ["fcn", "unet", "deeplab_v1", "deeplab_v2", "deeplab_v3", "deeplab_v3plus"]
 
@@ -69,6 +69,15 @@ def test_a_file_of_weights_is_the_same_as_importing_it_and_bands_get_the_mean_fi
     path = any_encoder("squeezenet1_0", 5, str(tmp_path / "squeezenet1_0.safetensors"))
     mean = theirs.features[0].weight.mean(1, keepdim=True) * 3 / 5
     torch.testing.assert_close(path.layers["0"].weight, mean.expand(-1, 5, -1, -1))
+
+
+@pytest.mark.parametrize("bands", [1, 5])
+def test_googlenet_maps_other_than_three_bands_to_the_mean_of_what_it_maps_three_to(bands):
+    """Its weights are of images -1..1, whatever the bands: ImageNet's mean and deviation are averaged as the filters are."""
+    grey = torch.randn(1, 1, 4, 4)
+    mean = GoogLeNetPath().as_trained(grey.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+    assert not torch.allclose(mean, grey, atol=0.05)
+    torch.testing.assert_close(GoogLeNetPath(bands).as_trained(grey.expand(-1, bands, -1, -1)), mean.expand(-1, bands, -1, -1))
 
 
 def test_weights_of_another_network_and_other_strides_are_refused():

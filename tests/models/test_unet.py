@@ -43,6 +43,14 @@ def test_illegal_options_are_refused_with_what_is_legal():
         unet(2, "plain", in_channels=0)
 
 
+def test_a_width_that_the_encoder_cannot_have_is_refused_with_what_to_do():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="width is 16, but encoder 'resnet18' has its own; leave it out, or take encoder 'plain'"):
+            unet(2, "resnet18", width=16)
+        assert unet(2, "resnet18", width=None).encoder.channels[0] == 64
+        assert unet(2, "plain", width=None).encoder.channels[0] == 32
+
+
 @pytest.mark.parametrize("options", [{"head_stride": 2}, {"image_pooling": True, "upsampling": "nearest", "dropout": 0.2}])
 def test_a_batch_of_one_smallest_image_trains_every_parameter(options):
     torch.manual_seed(0)

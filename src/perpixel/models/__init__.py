@@ -105,10 +105,12 @@ def build(
         width, dropout and the others: as in the model's own function.
 
     Raises:
-        ValueError: for an unknown name or encoder, and for an option that the model does not have.
+        ValueError: for an unknown name or encoder, for an option that the model does not have, and for less than 1 class.
     """
     if not isinstance(classes, int):
         raise TypeError(f"classes is {classes!r}; give their number, e.g. 5")
+    if classes < 1:
+        raise ValueError(f"a model needs at least 1 class, not {classes}")
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

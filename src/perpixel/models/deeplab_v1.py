@@ -11,6 +11,7 @@ from perpixel.models.atrous import (
     CoarselyTrainedDecoder,
     atrous_convolution,
     atrous_encoder,
+    checked_width,
     small_scores,
     summed,
 )
@@ -249,5 +250,5 @@ def deeplab_v1(
     """
     path = atrous_encoder(encoder, in_channels, encoder_weights, output_stride)
     stride = path.strides[-1]
-    head = AtrousClassifier(path.channels[-1], classes, Fc6(3, max(96 // stride, 1), width), dropout)
+    head = AtrousClassifier(path.channels[-1], classes, Fc6(3, max(96 // stride, 1), checked_width(width)), dropout)
     return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))

@@ -12,6 +12,7 @@ from perpixel.models.atrous import (
     apply_multi_grid,
     atrous_encoder,
     checked_rates,
+    checked_width,
     normalised,
     small_scores,
     zoom,
@@ -92,7 +93,7 @@ def deeplab_v3_paper(
     output_stride: int = 16,
     image_pooling: bool | None = None,
     variant: str = "beta",
-    dropout: float = 0.1,
+    dropout: float | None = None,
     width: int = 64,
 ) -> SegmentationModel:
     """DeepLab v3 as published; 58,164,437 parameters for 21 classes.
@@ -109,7 +110,7 @@ def deeplab_v3_paper(
             be trained at 16 and predict at 8.
         image_pooling: the mean over the image in the pyramid; None: with "aspp".
         variant: the layers before the first pooling: "beta", three 3x3 convolutions as in the released code, or "7x7" (58,040,661).
-        dropout: share of values dropped before the scores of the pyramid.
+        dropout: share of values dropped before the scores of the pyramid; None: 0.1.
         width: maps of the stem; 64 in the paper. The pyramid's 256 follow it.
 
     Strides sit in the last unit of a block, as in TensorFlow's slim. Logits are enlarged with corners on corners and trained at full
@@ -123,13 +124,16 @@ def deeplab_v3_paper(
     cascade, last = modules == "cascade", _last_block(modules, blocks)
     if cascade and image_pooling:
         raise ValueError("image_pooling is a part of modules 'aspp'; a cascade has none. Leave it out")
+    if cascade and dropout is not None:
+        raise ValueError("dropout is a part of modules 'aspp'; a cascade has none. Leave it out")
     encoder = _slim_encoder(depth, last, output_stride, multi_grid, variant, in_channels, width, encoder_weights)
     if cascade:
         head: nn.Module = nn.Conv2d(encoder.channels[-1], classes, 1)
         small_scores(head)
     else:
         pooling = image_pooling is not False
-        pyramid = AtrousPyramid(encoder.channels[-1], pyramid_rates(output_stride), 4 * width, pooling, dropout, MOMENTUM)
+        share = 0.1 if dropout is None else dropout
+        pyramid = AtrousPyramid(encoder.channels[-1], pyramid_rates(output_stride), 4 * width, pooling, share, MOMENTUM)
         head = _scores_of(pyramid, 4 * width, classes)
         small_scores(head[1])
     return SegmentationModel(encoder, CornerDecoder(head), classes, _geometry(output_stride))
@@ -162,7 +166,9 @@ def deeplab_v3plus_paper(
     The fine map is what the last unit before block 1 subsamples gives (Conv2 in the paper's words), reduced to 48 maps; two 3x3
     convolutions of 256 follow.
 
-    Deviations: as in `deeplab_v3_paper`. The Xception variant and separable convolutions are left out.
+    Deviations: as in `deeplab_v3_paper`. The release takes the fine map from the residual branch of block1/unit_2 (conv3, before the
+    addition), ours is the unit's output, as the paper's "Conv2 before striding" allows. The Xception variant and separable convolutions
+    are left out.
     """
     encoder = _slim_encoder(depth, 4, output_stride, multi_grid, variant, in_channels, width, encoder_weights)
     decoder = FineDecoder(
@@ -257,7 +263,7 @@ def deeplab_v3(
         cascade = AtrousCascade(path.channels[-1], last - 4, max(1, 64 // stride), checked_grid(multi_grid))
         head = _scores_of(cascade, cascade.channels, classes)
     else:
-        maps, asked = 256 if width is None else width, checked_rates(rates, pyramid_rates(stride))
+        maps, asked = checked_width(256 if width is None else width), checked_rates(rates, pyramid_rates(stride))
         pyramid = AtrousPyramid(path.channels[-1], asked, maps, image_pooling is not False, 0.1 if dropout is None else dropout)
         head = _scores_of(pyramid, maps, classes)
     return SegmentationModel(path, CellDecoder(head), classes, whole_cells(path.strides))
@@ -296,6 +302,7 @@ def deeplab_v3plus(
     """
     if variant not in (None, "smp"):
         raise ValueError(f"variant is {variant!r}; it must be 'smp', or left out")
+    checked_width(width)
     path: TimmEncoder | TorchvisionTrunk
     decoder: FineDecoder | SmpDecoder
     if variant == "smp":
@@ -303,7 +310,7 @@ def deeplab_v3plus(
             raise ValueError("image_pooling is a part of variant 'smp'. Leave it out")
         if multi_grid is not None:
             raise ValueError("variant 'smp' has no multi_grid. Leave it out")
-        path = smp_encoder(encoder, in_channels, encoder_weights, output_stride or 16)
+        path = smp_encoder(encoder, in_channels, encoder_weights, 16 if output_stride is None else output_stride)
         fine = path.strides.index(4)
         decoder = SmpDecoder((path.channels[fine], path.channels[-1]), classes, width, 0.5 if dropout is None else dropout, fine)
     else:

@@ -57,7 +57,7 @@ def smp_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None,
     """
     if output_stride not in (8, 16):
         raise ValueError(f"output_stride is {output_stride}; with variant 'smp' it must be 8 or 16")
-    if name in RESNETS:
+    if name.split(".")[0] in RESNETS:  # timm's names may have a tag, which says where weights come from
         encoder = timm_encoder(name, in_channels, weights)
         for stage, rate in (("layer3", 2), ("layer4", 4)) if output_stride == 8 else (("layer4", 2),):
             _dilate(encoder.network.get_submodule(stage), rate)

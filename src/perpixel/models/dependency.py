@@ -109,7 +109,7 @@ def _profiles(model: SegmentationModel, size: tuple[int, int], cell: int) -> tup
     # Outside of inference mode, in which operations come in larger pieces than the rules know.
     with torch.inference_mode(False), torch.no_grad(), _places(model) as place:
         state = {name: value.detach().to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
-        image = torch.empty(1, first.in_channels, *size, dtype=first.weight.dtype, device="meta")
+        image = torch.empty(1, model.bands or first.in_channels, *size, dtype=first.weight.dtype, device="meta")
         walk = Walk(image, place)
         hook = model.encoder.register_forward_hook(lambda _, __, features: setattr(walk, "coarsest", features.maps[-1]))
         try:

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ EncoderWeights = None | bool | str | Path
 
 # Transformers whose position tables are tied to one image size unless asked otherwise: timm's argument, by family.
 _ANY_SIZE: dict[str, dict[str, bool]] = {"swin": {"strict_img_size": False}, "vit_": {"dynamic_img_size": True}}
+
+# What PyTorch says where a table or a window does not fit a map, of networks that do not look at the size themselves.
+_MISFIT = re.compile(r"must match the size|is invalid for input of size|Kernel size can't")
 
 
 class UNetPath(nn.Module):
@@ -68,6 +72,7 @@ class TimmEncoder(nn.Module):
     """A timm network as an `Encoder`.
 
     Attributes:
+        in_channels: bands of the image; the first convolution sees more where pixels are folded into bands before it (TResNet).
         channels: of each map, finest first.
         strides: of each map.
         batch_norm_folded: the loaded file carried batch norm as biases only (mean 0, variance 1 - eps, scale 1); the statistics
@@ -76,7 +81,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name: str, in_channels: int, output_stride: int | None = None) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.in_channels = name, in_channels
         self.network = with_safe_gradients(_create(name, in_channels, output_stride))
         info = self.network.feature_info
         self.channels: list[int] = list(info.channels())  # type: ignore[union-attr, operator]
@@ -88,7 +93,9 @@ class TimmEncoder(nn.Module):
     def forward(self, image: Tensor) -> Features:
         try:
             maps: list[Tensor] = list(self.network(image))
-        except AssertionError as error:  # timm's way of saying so
+        except (AssertionError, RuntimeError) as error:  # timm's way of saying so, and PyTorch's
+            if isinstance(error, RuntimeError) and not _MISFIT.search(str(error)):
+                raise
             height, width = image.shape[-2:]
             raise ValueError(
                 f"encoder {self.name!r} does not take images of {height}x{width} pixels ({_first_line(error)}); "
@@ -163,6 +170,8 @@ def batch_norm_is_folded(state: Mapping[str, Tensor]) -> bool:
 
 
 def _create(name: str, in_channels: int, output_stride: int | None = None, pretrained: bool = False) -> nn.Module:
+    if name == "plain":
+        raise ValueError("encoder 'plain' is U-Net's own path; build unet on it, or choose one of timm's networks, e.g. 'resnet34'")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

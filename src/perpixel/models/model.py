@@ -117,7 +117,8 @@ class SegmentationModel(nn.Module):
     """Image -> logits of every pixel: `decoder(encoder(image), size)`.
 
     Attributes:
-        bands: C, of the images that the model takes; None where the encoder has no convolution to tell.
+        bands: C, of the images that the model takes: the encoder's `in_channels`, or those of its first convolution; None where it has
+            neither.
         multipliers: factors on learning rate and weight decay of single parameters, by their names here; a paper's `lr_mult` and
             `decay_mult`. Parameters it does not name have the run's own.
         loss_weights: of the losses on what `supervised` gives; (1.0,) where a model is trained on its logits alone.
@@ -139,7 +140,8 @@ class SegmentationModel(nn.Module):
         self.encoder: nn.Module = encoder
         self.decoder: nn.Module = decoder
         self.classes = classes
-        self.bands = next((layer.in_channels for layer in encoder.modules() if isinstance(layer, nn.Conv2d)), None)
+        first = next((layer.in_channels for layer in encoder.modules() if isinstance(layer, nn.Conv2d)), None)
+        self.bands: int | None = getattr(encoder, "in_channels", first)
         self.geometry = geometry
         self.multipliers = dict(multipliers or {})
         self.loss_weights = decoder.loss_weights if isinstance(decoder, SupervisedDecoder) else (1.0,)
@@ -175,8 +177,8 @@ class SegmentationModel(nn.Module):
         """(height, width) of the logits of `image`.
 
         Raises:
-            ValueError: if `image` is not four-dimensional, has other bands than the model's first convolution, or its size is not legal
-                and the model does not pad.
+            ValueError: if `image` is not four-dimensional, has other bands than the model's, or its size is not legal and the model does
+                not pad.
         """
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; a model takes (N, C, H, W). Add the missing axes, e.g. image[None]")

@@ -150,18 +150,19 @@ def segnet(
     Raises:
         ValueError: for another encoder, and for weights that do not belong to it.
     """
-    if encoder not in VGG_FAMILY:
+    name = encoder.split(".")[0]  # timm's names may have a tag, which says where weights come from
+    if name not in VGG_FAMILY:
         close = difflib.get_close_matches(encoder, VGG_FAMILY, n=1, cutoff=0.8)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"encoder {encoder!r} has no 2x2 max poolings to undo, which SegNet's decoder is made of.{hint} "
             f"Those that can: {', '.join(VGG_FAMILY)}. On other encoders use unet"
         )
-    depth, batch_norm = VGG_FAMILY[encoder]
+    depth, batch_norm = VGG_FAMILY[name]
     path = VGGPath(depth, in_channels, width, batch_norm, indices=True)
     model = _mirrored(path, depth, classes, dropout)
     if encoder_weights:
-        path.load_classifier(classifier_weights(encoder_weights, encoder), source_of(encoder_weights, encoder))
+        path.load_classifier(classifier_weights(encoder_weights, name), source_of(encoder_weights, name))
     # Small first logits: training starts from a cost of about log K.
     nn.init.normal_(model.decoder.classify.weight, std=0.01)  # type: ignore[union-attr, arg-type]
     return model

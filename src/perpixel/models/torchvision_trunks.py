@@ -89,8 +89,10 @@ class GoogLeNetPath(TorchvisionTrunk):
         self.register_buffer("shift", ((mean - 0.5) / 0.5)[:, None, None], persistent=False)
 
     def as_trained(self, image: Tensor) -> Tensor:
-        """Its weights come from a training on values -1..1."""
-        return image * self.gain + self.shift if image.shape[1] == 3 else image
+        """Its weights come from a training on values -1..1; other than 3 bands get the mean of what red, green and blue get."""
+        if image.shape[1] == 3:
+            return image * self.gain + self.shift
+        return image * self.gain.mean() + self.shift.mean()  # as their filters are the mean (`fit_bands`)
 
 
 class SqueezeNetPath(TorchvisionTrunk):

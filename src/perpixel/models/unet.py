@@ -210,7 +210,7 @@ def unet(
     encoder_weights: EncoderWeights = None,
     in_channels: int = 3,
     decoder_channels: Sequence[int] | None = None,
-    width: int = 32,
+    width: int | None = None,
     head_stride: int = 1,
     upsampling: str | None = None,
     image_pooling: bool = False,
@@ -228,7 +228,7 @@ def unet(
         in_channels: bands of the image.
         decoder_channels: output channels of each decoder stage, coarsest first; None halves from 256 down to 16
             (and mirrors the path for "plain").
-        width: maps of the first level of the "plain" encoder; others have their own.
+        width: maps of the first level of the "plain" encoder, 32 by None; others have their own.
         head_stride: 1 decodes to full resolution; 2 or 4 stop there and resize the logits bilinearly: faster, edges a little softer.
         upsampling: "bilinear" (so too by None) or "nearest", between decoder stages.
         image_pooling: give the coarsest maps their mean over the image as context.
@@ -250,12 +250,14 @@ def unet(
     if encoder == "plain":
         if encoder_weights:
             raise ValueError(f"encoder_weights is {encoder_weights!r}, but no weights are published for encoder 'plain'; leave it out")
-        path = UNetPath(in_channels, width)
+        path = UNetPath(in_channels, 32 if width is None else width)
         initialise(path)
         if decoder_channels is None:
-            decoder_channels = [width * stride for stride, _ in decoder_stages(path.strides, head_stride)]
+            decoder_channels = [path.channels[0] * stride for stride, _ in decoder_stages(path.strides, head_stride)]
     else:
         path = any_encoder(encoder, in_channels, encoder_weights)
+        if width is not None:
+            raise ValueError(f"width is {width}, but encoder {encoder!r} has its own; leave it out, or take encoder 'plain'")
     options = (decoder_channels, head_stride, upsampling, image_pooling, dropout, stage_scores, head_kernel)
     decoder = UNetDecoder(path.channels, path.strides, classes, *options)
     return SegmentationModel(path, decoder, classes, whole_cells(path.strides))
