@@ -84,7 +84,7 @@ def main() -> None:
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
         for name, learned in itertools.product(REFINERS, (False, True)):
-            search.tables.clear()
+            search.forget()
             until = time.monotonic() + 60 * given.minutes
             search.explore(name, costs if learned else None, until, only_learned=learned)
             entries = list(search.tables.values())

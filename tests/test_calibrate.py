@@ -60,11 +60,22 @@ def test_the_temperature_that_made_the_labels_is_found_again():
 
 
 def test_a_temperature_that_does_not_carry_over_is_not_accepted():
-    """Every other image asks for the opposite, so what is fitted on one half harms the other."""
-    found = fitted(sampled(scored(number, sharpness=4.0 if number % 2 else 0.5) for number in range(6)))
+    """The second half of the images asks for the opposite, so what is fitted on one half harms the other."""
+    found = fitted(sampled(scored(number, sharpness=4.0 if number < 3 else 0.5) for number in range(6)))
     assert not found.accepted
     assert found.card is None
     assert fitted(sampled([scored(0)])).card is None
+
+
+def test_frames_that_follow_each_other_lie_in_one_half():
+    """In order of their names, whatever the order they came in; the first half has the middle one."""
+    images = {number: scored(number, size=(4, 5)) for number in (3, 0, 4, 2, 1)}
+    sample = sampled(images.values(), pixels=7)
+    for which, expected in ((0, (0, 1, 2)), (1, (3, 4)), (None, range(5))):
+        scores, labels = sample.half(which)
+        each = [sample.images[f"{number}.png {number}"] for number in expected]
+        assert torch.equal(scores[0, :, :, 0].T, torch.cat([scores for scores, _ in each]))
+        assert torch.equal(labels[0, :, 0], torch.cat([labels for _, labels in each]))
 
 
 @pytest.mark.parametrize("opposite", [True, False])

@@ -100,6 +100,12 @@ def test_the_ten_worst_are_those_with_the_largest_losses(bundle, scenes):
     assert result.to_json()["worst"] == [name for name, _ in worst]
 
 
+def test_images_without_a_loss_that_is_a_number_come_before_the_worst():
+    """NaN compares with nothing: in a sort by the loss alone it may stand anywhere, and hide the largest ones."""
+    losses = {"a": 1.0, "b": math.nan, "c": 3.0, "d": math.inf, "e": math.nan, "f": 2.0}
+    assert [name for name, _ in Evaluation(Region(2), ["a", "b"], losses).worst(5)] == ["b", "e", "d", "c", "f"]
+
+
 def test_ignored_pixels_count_nowhere_and_an_image_of_nothing_else_has_no_loss(bundle, scenes):
     for number in range(12):
         file = scenes / "masks" / f"{number:02d}.png"

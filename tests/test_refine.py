@@ -8,7 +8,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from perpixel.refine import read_scores, refine
+from perpixel.refine import read_scores, refine, refine_files
 from perpixel.refinement import DenseCRF, build_refiner
 
 RNG = np.random.default_rng(0)
@@ -35,9 +35,17 @@ def test_probabilities_stored_as_whole_numbers_are_taken_as_such(dtype, worst):
     np.testing.assert_allclose(refine(IMAGE, stored), refine(IMAGE, PROBABILITIES), atol=worst)
 
 
-@pytest.mark.parametrize("image", [IMAGE.astype(np.uint16) * 257, (IMAGE / 255).astype(np.float32), IMAGE.astype(">u2") * 257])
-def test_the_same_image_in_another_type_gives_the_same_labels(image):
-    np.testing.assert_allclose(refine(image, LOGITS), refine(IMAGE, LOGITS), atol=1e-3)
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 65535), (">u2", 65535), (np.float32, 1)])
+def test_the_same_image_in_another_type_gives_the_same_labels(dtype, white):
+    """Of colours near enough to each other that the bandwidth counts."""
+    image = IMAGE // 16
+    np.testing.assert_allclose(refine((image * (white / 255)).astype(dtype), LOGITS), refine(image, LOGITS), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32])
+def test_eight_bits_in_a_wider_type_stay_eight_bits(dtype):
+    """What arithmetic in NumPy leaves; white is 65535 in uint16 alone."""
+    np.testing.assert_array_equal(refine(IMAGE.astype(dtype), LOGITS), refine(IMAGE, LOGITS))
 
 
 def test_files_and_tensors_are_taken_as_arrays_are(tmp_path):
@@ -63,6 +71,38 @@ def test_folders_are_refined_file_by_file_of_the_same_name(tmp_path, command):
     said = command("refine", tmp_path / "images", tmp_path / "scores", "-o", tmp_path / "out")
     assert said.code == 2
     assert "1 of 3 images, such as 1.png" in " ".join(said.err.split())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """images/1.png and scores/1.npy."""
+    for name in ("images", "scores"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(IMAGE).save(tmp_path / "images" / "1.png")
+    np.save(tmp_path / "scores" / "1.npy", LOGITS)
+    return tmp_path
+
+
+def test_two_images_of_one_name_are_refused_as_one_result_would_overwrite_the_other(folders):
+    Image.fromarray(IMAGE).save(folders / "images" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg and .*1\.png have one name, '1'"):
+        refine_files(folders / "images", folders / "scores", folders / "out")
+    assert not (folders / "out").exists()
+
+
+def test_two_scores_of_one_name_are_refused_as_either_could_be_meant(folders):
+    np.savez(folders / "scores" / "1.npz", LOGITS)
+    with pytest.raises(ValueError, match=r"1\.npy and .*1\.npz have one name, '1'"):
+        refine_files(folders / "images", folders / "scores", folders / "out")
+    assert not (folders / "out").exists()
+
+
+def test_pages_of_a_stack_in_a_folder_are_refused(folders):
+    tifffile.imwrite(folders / "images" / "stack.tif", np.stack([IMAGE[..., 0]] * 3), photometric="minisblack")
+    np.save(folders / "scores" / "stack.npy", LOGITS)
+    with pytest.raises(ValueError, match=r"stack\.tif\[0\] and .*stack\.tif\[1\] are pages of one file"):
+        refine_files(folders / "images", folders / "scores", folders / "out")
+    assert not (folders / "out").exists()
 
 
 def test_probabilities_of_zero_are_taken_as_nearly_zero():

@@ -1,6 +1,7 @@
 """Tuning: a refiner goes into a bundle only where its gain is shown on images that it was not searched on."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,9 +125,93 @@ def searched(plain, tables):
     search.scores, search.plain, search.left_out = [None] * len(plain), plain, 0
     search.classes, search.ignore = plain.shape[1], 255
     search.tables = {str(place): (Candidate("dense_crf", {"iterations": place}), table) for place, table in enumerate(tables)}
-    search.folds = [np.arange(len(plain)) * 2 // len(plain) == fold for fold in range(2)]
+    search.found_on = {}
+    search.folds = halves(len(plain))
     search.labelled = lambda candidate, indices: iter(())
     return search
+
+
+def halves(images):
+    return [np.arange(images) * 2 // images == fold for fold in range(2)]
+
+
+def useless(rng, images=8, waves=64):
+    """A search on the dense CRF's numbers, no setting of which has any true gain.
+
+    What one does to an image is a smooth function of the logarithms of its numbers, drawn anew for every image, of mean 0; so what suits
+    some images, and what lies around it, says nothing of others. There is one class, with 700 hits in 1000 on average.
+    """
+    search = Search.__new__(Search)
+    search.bundle, search.progress = SimpleNamespace(full_scale=255), None
+    search.scores, search.tables, search.found_on = [None] * images, {}, {}
+    search.folds = halves(images)
+    heights, frequencies, phases = rng.standard_normal((images, waves)), rng.standard_normal((5, waves)), rng.uniform(0, 2 * np.pi, waves)
+
+    def counts(candidate, indices=None):
+        appearance, smoothness = candidate.options["kernels"]
+        numbers = [appearance["xy"], appearance["colour"], appearance["weight"], smoothness["xy"], smoothness["weight"]]
+        hits = 700 + 45 * np.sqrt(2 / waves) * heights @ np.cos(np.log(numbers) @ frequencies + phases)
+        tallies = np.stack([hits, np.full(images, 1000), np.full(images, 1000)], -1)[:, None]
+        return tallies if indices is None else tallies[list(indices)]
+
+    search.counts = counts
+    return search
+
+
+def gain_of(search):
+    """Of all images in mean hits, each half refined by what was found for it."""
+    picks = search.cross_fitted(list(search.tables.values()))
+    return np.mean([table[fold, 0, 0].mean() - 700 for fold, (_, table) in zip(search.folds, picks, strict=True)])
+
+
+def test_candidates_without_any_true_gain_gain_nothing_on_average_however_they_were_found():
+    """Within 3 standard errors of 0; 6 where a half takes part in the search for its own candidates."""
+    rng, gains = np.random.default_rng(0), []
+    for _ in range(150):
+        search = useless(rng)
+        search.explore("dense_crf", None, float("inf"))
+        gains.append(gain_of(search))
+    assert abs(np.mean(gains)) < 3 * np.std(gains) / np.sqrt(len(gains))
+
+
+@pytest.mark.parametrize("seed", range(0, 10, 2))
+def test_what_a_half_is_refined_by_does_not_depend_on_the_half(seed):
+    """Two sets with the same first half: the second halves are refined alike, as what was best on the first does not know them."""
+    one, other, mixed = (useless(np.random.default_rng(number)) for number in (seed, seed + 1, seed))
+    first = mixed.folds[0][:, None, None]
+
+    def counts(candidate, indices=None):
+        tallies = np.where(first, one.counts(candidate), other.counts(candidate))
+        return tallies if indices is None else tallies[list(indices)]
+
+    mixed.counts = counts
+    picks = []
+    for search in (one, mixed):
+        search.explore("dense_crf", None, float("inf"))
+        picks.append([candidate for candidate, _ in search.cross_fitted(list(search.tables.values()))])
+    assert picks[0][1] == picks[1][1]
+    assert picks[0][0] != picks[1][0], "this one was best on the second half"
+
+
+def test_what_both_halves_lead_to_is_open_to_both_wherever_time_runs_out(monkeypatch):
+    """Two halves that are alike; the clock counts the candidates tried."""
+    search = useless(np.random.default_rng(0))
+    one = search.counts
+    search.counts = lambda candidate, indices=None: np.repeat(one(candidate)[:1], 8 if indices is None else len(indices), axis=0)
+    monkeypatch.setattr("perpixel.search.time", SimpleNamespace(monotonic=lambda: len(search.tables)))
+    search.explore("dense_crf", None, 9)
+    assert len(search.tables) == 10
+    assert set(search.found_on.values()) == {frozenset()}
+
+
+def test_a_candidate_that_either_half_leads_to_is_open_to_both():
+    search, candidate = useless(np.random.default_rng(0)), defaults("dense_crf", 1.0)
+    for looked, needed in (({0, 1}, {0, 1}), ({0}, {0}), ({0, 1}, {0}), ({1}, set())):
+        search.attempt(candidate, frozenset(looked))
+        assert search.found_on[candidate.key] == needed
+    search.forget()
+    assert not search.tables
+    assert not search.found_on
 
 
 @pytest.mark.parametrize("images", [10, 40])

@@ -57,8 +57,14 @@ class PixelSample:
         self._thin(always=True)
 
     def half(self, which: int | None) -> tuple[Tensor, Tensor]:
-        """Scores (1, K, n, 1) and labels (1, n, 1) of every other image by name, from `which` on; None: of all."""
-        names = sorted(self.images) if which is None else sorted(self.images)[which::2]
+        """Scores (1, K, n, 1) and labels (1, n, 1) of the first (0) or second (1) half of the images by name; None: of all.
+
+        Frames of a film and slices of a stack, which are much alike, so fall into the same half.
+        """
+        names = sorted(self.images)
+        if which is not None:
+            middle = (len(names) + 1) // 2
+            names = names[middle:] if which else names[:middle]
         scores, labels = (torch.cat([self.images[name][part] for name in names]) for part in (0, 1))
         return scores.T[None, :, :, None], labels[None, :, None]
 

@@ -4,6 +4,7 @@ What else can be asked for is in `scores.py`, the tables for people in `score_ta
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class Evaluation:
         return sum(self.losses.values()) / len(self.losses) if self.losses else float("nan")
 
     def worst(self, count: int = 10) -> list[tuple[str, float]]:
-        """The images with the largest loss, largest first."""
-        return sorted(self.losses.items(), key=lambda item: -item[1])[:count]
+        """The images with the largest loss, largest first; before them those whose loss is NaN."""
+        return sorted(self.losses.items(), key=lambda item: (not math.isnan(item[1]), -item[1]))[:count]
 
     def intervals(self) -> dict[str, Interval]:
         """Score -> its 95 % interval by bootstrap over the images (1,000 resamples); "iou" is that of each class, (K,).

@@ -1,6 +1,6 @@
 """Refine: scores from anywhere, together with their image, to better ones. Arrays in, arrays out; or files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ def refine_files(
     """Writes OUT/<image name>.png with the class indices, and OUT/probabilities/<image name>.npy (float16) where asked; see `refine`.
 
     `images` and `scores` are a file each, or a folder each, whose files belong together by their names.
+
+    Raises:
+        ValueError: as `refine`; or scores are missing for an image, or two files of a folder have one name, up to its suffix.
     """
     written = []
     for image, belonging in _pairs(images, scores):
@@ -91,11 +94,22 @@ def _pairs(images: Path, scores: Path) -> list[tuple[Path, Path]]:
         return [(images, scores)]
     if not (images.is_dir() and scores.is_dir()):
         raise ValueError(f"{images} and {scores}: give two files, or two folders whose files have the same names")
-    by_name = {path.stem: path for path in sorted(scores.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pictures = [picture.path for picture in find_pictures([images])]
-    if missing := [path.name for path in pictures if path.stem not in by_name]:
-        raise ValueError(f"{scores}: no scores ({', '.join(SUFFIXES)}) for {len(missing)} of {len(pictures)} images, such as {missing[0]}")
-    return [(path, by_name[path.stem]) for path in pictures]
+    pictures = find_pictures([images])
+    if pages := [str(picture) for picture in pictures if picture.page is not None]:
+        raise ValueError(f"{pages[0]} and {pages[1]} are pages of one file, and refine takes one image a file: save each page as its own")
+    by_name = _by_stem(picture.path for picture in pictures)
+    scored = _by_stem(path for path in sorted(scores.iterdir()) if path.suffix.lower() in SUFFIXES)
+    if missing := [path.name for stem, path in by_name.items() if stem not in scored]:
+        raise ValueError(f"{scores}: no scores ({', '.join(SUFFIXES)}) for {len(missing)} of {len(by_name)} images, such as {missing[0]}")
+    return [(path, scored[stem]) for stem, path in by_name.items()]
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if (other := found.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{other} and {path} have one name, '{path.stem}', and files belong together by it: rename or remove one")
+    return found
 
 
 def read_scores(path: Path) -> np.ndarray:
@@ -137,7 +151,7 @@ def _classes_first(scores: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def _full_scale(image: np.ndarray) -> float:
     if image.dtype.kind == "f":
         return 1.0 if image.max(initial=0) <= 1 else 255.0
-    return 65535.0 if image.dtype.itemsize > 1 else 255.0
+    return 65535.0 if image.dtype.newbyteorder("=") == np.uint16 else 255.0
 
 
 def _logits(scores: np.ndarray, kind: str) -> np.ndarray:

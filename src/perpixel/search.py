@@ -6,7 +6,7 @@ From coarse to fine, as DeepLab's search goes (arXiv:1412.7062, section 5.1).
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -26,9 +26,12 @@ from perpixel.refinement.refiners import build_refiner
 from perpixel.tiling import predict_tiled
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
+Entry = tuple[Candidate, np.ndarray]  # with its tallies
+Halves = frozenset[int]
 
 MEMORY = 4 * 2**30  # bytes of scores that are kept; images beyond are left out, as are those beyond the share of time for predictions
 FOLDS = 2
+NEITHER, BOTH = frozenset[int](), frozenset(range(FOLDS))
 COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for what lies around the best of it
 STRIP = 5  # pixels: void strips between objects are narrower
 
@@ -50,6 +53,7 @@ class Search:
         plain: (N, K, 3) tallies of the images without a refiner.
         tables: the candidates tried, each with its tallies, by their keys.
         folds: (N,) which images belong to each half.
+        found_on: the halves without which a candidate would not have been come to, by its key; none where it is absent.
     """
 
     def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None) -> None:
@@ -57,7 +61,8 @@ class Search:
         self.ignore, self.classes = images.label_map.ignore, len(bundle.card.classes)
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []
         self.damaged: dict[str, str] = {}
-        self.tables: dict[str, tuple[Candidate, np.ndarray]] = {}
+        self.tables: dict[str, Entry] = {}
+        self.found_on: dict[str, Halves] = {}
         self.left_out = self._predict(images, until)
         if not self.scores:
             raise ValueError(f"none of {len(images)} images could be read. The first: {next(iter(self.damaged.values()))}")
@@ -109,15 +114,16 @@ class Search:
         for number, candidate in enumerate(coarse):
             if number and time.monotonic() > start + COARSE_SHARE * (until - start):
                 break
-            ranked.append((miou(self.counts(candidate, thin).sum(0)), candidate))
+            ranked.append((candidate, self.counts(candidate, thin)))
             self._say(number + 1, len(coarse), f"{name}: coarse")
         tried = int(self.attempt(coarse[0]))
-        ranked.sort(key=lambda entry: -entry[0])
-        tried += self.attempt(ranked[0][1])
-        for candidate in self._around(name, ranked, costs, only_learned):
-            if time.monotonic() > until:
+        orders = {looked: sorted(ranked, key=partial(_loss, images=images[thin])) for looked, images in self._views().items()}
+        for looked, order in orders.items():
+            tried += self.attempt(order[0][0], looked)
+        for candidate, looked in self._around(name, orders, costs, only_learned):
+            if candidate.key not in self.tables and time.monotonic() > until:
                 break
-            tried += self.attempt(candidate)
+            tried += self.attempt(candidate, looked)
             self._say(tried, tried + 1, f"{name}: fine")
 
     def _thinned(self, candidate: Candidate, count: int, seconds: float) -> list[int]:
@@ -129,26 +135,40 @@ class Search:
         step = max(1, int(np.ceil(len(self.scores) * each * count / max(seconds, 1e-9))))
         return list(range(0, len(self.scores), min(step, max(1, len(self.scores) // 4))))
 
-    def _around(self, name: str, ranked: list[tuple[float, Candidate]], costs: Costs | None, only_learned: bool) -> Iterator[Candidate]:
-        """Candidates near the best so far, nearer and nearer: those of each half of the images, of all, and the runners-up."""
-        for _, candidate in ranked[1:3]:
-            yield candidate
+    def _views(self) -> dict[Halves, np.ndarray]:
+        """What a search looks at: each half of the images by itself, and all of them."""
+        views = {frozenset([half]): fold for half, fold in enumerate(self.folds) if fold.any()}
+        return views | {BOTH: np.ones(len(self.scores), bool)}
+
+    def _around(
+        self, name: str, orders: Mapping[Halves, Sequence[Entry]], costs: Costs | None, only_learned: bool
+    ) -> Iterator[tuple[Candidate, Halves]]:
+        """The runners-up and what lies around the best so far, nearer and nearer; each with the halves looked at, which take turns."""
+        yield from _in_turns({looked: [candidate for candidate, _ in order[1:3]] for looked, order in orders.items()})
         for step in (2**0.5, 2**0.25):
-            for centre in self._leaders(name, only_learned):
-                yield from neighbours(centre, step, costs)
+            around = {}
+            for looked, images in self._views().items():
+                own = [entry for entry in self._found_within(looked, self.tables.values()) if entry[0].name == name]
+                centre = self.best([entry for entry in own if entry[0].learned or not only_learned], images)[0]
+                around[looked] = list(neighbours(centre, step, costs))
+            yield from _in_turns(around)
 
-    def _leaders(self, name: str, only_learned: bool) -> list[Candidate]:
-        """The best candidate of this refiner on each half and on all images."""
-        own = [entry for entry in self.tables.values() if entry[0].name == name and (entry[0].learned or not only_learned)]
-        picks = [self.best(own, fold)[0] for fold in [*self.folds, np.ones(len(self.scores), bool)] if fold.any()]
-        return list({candidate.key: candidate for candidate in picks}.values())
+    def _found_within(self, halves: Halves, entries: Iterable[Entry]) -> list[Entry]:
+        """The candidates that can be come to by looking at these halves alone."""
+        return [entry for entry in entries if self.found_on.get(entry[0].key, NEITHER) <= halves]
 
-    def attempt(self, candidate: Candidate) -> bool:
-        """Counts a candidate on all images, once."""
+    def attempt(self, candidate: Candidate, looked: Halves = NEITHER) -> bool:
+        """Counts a candidate on all images, once; `looked` are the halves that led to it, this time."""
+        self.found_on[candidate.key] = looked & self.found_on.get(candidate.key, BOTH)
         if candidate.key in self.tables:
             return False
         self.tables[candidate.key] = (candidate, self.counts(candidate))
         return True
+
+    def forget(self) -> None:
+        """Drops the candidates tried, for another search on the same scores."""
+        self.tables.clear()
+        self.found_on.clear()
 
     def counts(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> np.ndarray:
         """(N, K, 3) tallies of the images, refined by the candidate or as they are."""
@@ -169,17 +189,34 @@ class Search:
     def _built(self, candidate: Candidate) -> nn.Module:
         return build_refiner(candidate.name, candidate.options).to(self.scores[0][0].device)
 
-    def best(self, entries: Iterable[tuple[Candidate, np.ndarray]], images: np.ndarray) -> tuple[Candidate, np.ndarray]:
+    def best(self, entries: Iterable[Entry], images: np.ndarray) -> Entry:
         """The candidate of the highest mIoU on some of the images, with its counts on all; the earlier of equals."""
-        return max(entries, key=lambda entry: np.nan_to_num(miou(entry[1][images].sum(0)), nan=-1.0))
+        return min(entries, key=partial(_loss, images=images))
 
-    def cross_fitted(self, entries: Sequence[tuple[Candidate, np.ndarray]]) -> list[tuple[Candidate, np.ndarray]]:
-        """For each half, the candidate that is best on the other half, with its counts on all images."""
-        return [self.best(entries, ~fold if (~fold).any() else fold) for fold in self.folds]
+    def cross_fitted(self, entries: Sequence[Entry]) -> list[Entry]:
+        """For each half, the candidate that is best on the other half, with its counts on all images.
+
+        Only of those that were found without a look at the half itself: one found because it suits a half is no fair pick for it,
+        whichever half picks it.
+        """
+        return [
+            self.best(self._found_within(BOTH - {half}, entries), ~fold if (~fold).any() else fold) for half, fold in enumerate(self.folds)
+        ]
 
     def _say(self, done: int, of: int, what: str) -> None:
         if self.progress is not None:
             self.progress(done, of, what)
+
+
+def _loss(entry: Entry, images: np.ndarray) -> float:
+    """Minus the mIoU on some of the images; where it has none, more than any."""
+    return -float(np.nan_to_num(miou(entry[1][images].sum(0)), nan=-1.0))
+
+
+def _in_turns(candidates: Mapping[Halves, Sequence[Candidate]]) -> Iterator[tuple[Candidate, Halves]]:
+    """One of each view, then the next: so that time is shared, and what several views agree on is soon open to all halves."""
+    for turn in itertools.zip_longest(*candidates.values()):
+        yield from ((candidate, looked) for looked, candidate in zip(candidates, turn, strict=True) if candidate is not None)
 
 
 def _evenly(count: int) -> list[int]:

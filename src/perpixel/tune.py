@@ -27,7 +27,7 @@ from perpixel.refinement.refiners import REFINERS
 from perpixel.search import Progress, Search, learned_costs, miou, set_miou
 
 PREDICTING_SHARE = 0.35  # of the time
-# Several candidates are tried, and the two halves choose among the same ones: 99 % keeps false gains as rare as 95 % does for a single one.
+# Several candidates are tried, and both halves choose among many of them: 99 % keeps false gains as rare as 95 % does for a single one.
 LEVEL = 0.99
 FEWEST = 8  # images: with fewer, all of them gain by chance more often than the level allows
 

@@ -54,8 +54,9 @@ class DenseCRF(nn.Module):
         engine: "cpu" is the fast one, for inference in float32 without gradients; "torch" runs on any device, with gradients, in float64
             too; "auto" takes the first where it can. Their marginals agree to 1e-4; logarithms of very small ones do not, as the first
             stops them at 1e-30.
-        fast: the CPU engine works on every second pixel in early iterations, and 1 to 5 labels in 1,000 change; the torch engine has no
-            such mode and gives the exact result. Not together with damping or tolerance.
+        fast: the CPU engine works on every second pixel in early iterations, which changes 1 to 8 labels in 1,000; on two threads it takes
+            from a quarter less to a third more time than the exact mode (docs/results.md). The torch engine has no such mode and gives
+            the exact result. Not together with damping or tolerance.
         trainable: names from "weights", "compatibility", "bandwidths": these become parameters; the others are buffers.
 
     Raises:
