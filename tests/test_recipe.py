@@ -77,3 +77,7 @@ def test_every_shipped_recipe_is_valid_and_states_paper_command_and_expectation(
 def test_a_key_outside_its_section_is_told_where_it_belongs():
     with pytest.raises(ValueError, match=r"--set: lr: unknown key; did you mean 'train\.lr'\?"):
         read_settings(["lr=0.1"])
+
+
+def test_python_s_none_means_null_in_a_setting():
+    assert read_settings(["model.encoder_weights=None"]) == read_settings(["model.encoder_weights=null"])

@@ -178,6 +178,8 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     else:
         try:
             text = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file. Give a YAML file or one of: {', '.join(shipped())}.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: this recipe can't be read ({error}). Give a YAML file or one of: {', '.join(shipped())}.") from error
     try:
@@ -254,8 +256,10 @@ def to_yaml(recipe: Recipe, reasons: Mapping[str, str] | None = None) -> str:
 
 
 def _number_or_yaml(value: str) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    """YAML 1.1 reads 1e-3 as text; people mean the number. It reads None as text too, which is Python's word for null."""
     parsed = yaml.safe_load(value)
+    if parsed == "None":
+        return None
     if isinstance(parsed, str):
         try:
             return float(parsed)

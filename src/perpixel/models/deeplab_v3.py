@@ -274,7 +274,7 @@ def _with_multi_grid(path: TimmEncoder | TorchvisionTrunk, name: str, multi_grid
     if multi_grid is not None and not apply_multi_grid(path, checked_grid(multi_grid)) and needed:
         raise ValueError(
             f"multi_grid is {list(multi_grid)}, but at output stride {path.strides[-1]} fewer than two units of encoder {name!r} dilate; "
-            "give an output_stride of 8 or 16 and an encoder that can dilate, or leave it out"
+            "take an encoder more of whose units do, e.g. 'resnet50', an output_stride of 8, or leave it out"
         )
 
 

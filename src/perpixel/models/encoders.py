@@ -19,6 +19,7 @@ from perpixel.models.layers import double_convolution
 from perpixel.models.model import Features
 
 EncoderWeights = None | bool | str | Path
+NO_WEIGHTS = "encoder_weights=None (in a command --set model.encoder_weights=null)"
 
 # Transformers whose position tables are tied to one image size unless asked otherwise: timm's argument, by family.
 _ANY_SIZE: dict[str, dict[str, bool]] = {"swin": {"strict_img_size": False}, "vit_": {"dynamic_img_size": True}}
@@ -140,7 +141,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: naming the file, if it is missing, damaged, of another kind, or a pickle of more than tensors.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; encoder_weights takes a .safetensors or .pth file, true (download) or nothing")
+        raise ValueError(f"{path}: no such file; encoder_weights takes a .safetensors or .pth file, true (download) or none: {NO_WEIGHTS}")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -195,7 +196,7 @@ def _create(name: str, in_channels: int, output_stride: int | None = None, pretr
 def _download(name: str) -> dict[str, Tensor]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
-        raise ValueError(f"no weights are published for encoder {name!r}; use encoder_weights=None or a file, or another encoder")
+        raise ValueError(f"no weights are published for encoder {name!r}; give a file, another encoder, or {NO_WEIGHTS}")
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the hub's client logs page after page while it tries again
     try:
@@ -204,7 +205,7 @@ def _download(name: str) -> dict[str, Tensor]:
         where = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors" if cfg.hf_hub_id else cfg.url
         raise ValueError(
             f"the weights of encoder {name!r} could not be downloaded ({_first_line(error)}). "
-            f"Fetch {where} where there is a network and give the file's path as encoder_weights, or train without: encoder_weights=None"
+            f"Fetch {where} where there is a network and give the file's path as encoder_weights, or train without: {NO_WEIGHTS}"
         ) from error
     finally:
         logging.disable(before)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perpixel.models.alexnet import CaffeNetPath
-from perpixel.models.encoders import EncoderWeights, read_weights
+from perpixel.models.encoders import NO_WEIGHTS, EncoderWeights, read_weights
 from perpixel.models.googlenet import GoogLeNet2014Path
 from perpixel.models.layers import doubled_biases, initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
@@ -300,7 +300,7 @@ def fcn_googlenet_paper(
 def _from_own_kind(model: SegmentationModel, weights: EncoderWeights, missing: str) -> SegmentationModel:
     """`model`, started from a bundle of its kind where one is given; for nets whose classifier nobody publishes."""
     if weights is True:
-        raise ValueError(f"no library offers {missing}: encoder_weights=None")
+        raise ValueError(f"no library offers {missing}; train without: {NO_WEIGHTS}")
     if weights:
         start_from(model, read_weights(Path(weights)), str(weights))
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from perpixel.models.encoders import EncoderWeights, fit_bands, read_weights
+from perpixel.models.encoders import NO_WEIGHTS, EncoderWeights, fit_bands, read_weights
 from perpixel.models.layers import initialise
 from perpixel.models.model import Features
 
@@ -164,7 +164,7 @@ def classifier_weights(weights: EncoderWeights, name: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever the client raises: the person needs the way around, not its class
         raise ValueError(
             f"the weights of {name!r} could not be downloaded ({type(error).__name__}: {str(error)[:200]}). Fetch {published.url} where "
-            "there is a network and give the file's path as encoder_weights, or train without: encoder_weights=None"
+            f"there is a network and give the file's path as encoder_weights, or train without: {NO_WEIGHTS}"
         ) from error
 
 
