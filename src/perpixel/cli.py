@@ -83,7 +83,9 @@ def train(
     images: Images,
     masks: Masks = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", show_default=True)] = Path("run"),
-    recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe (a wrong name lists them), or a YAML file with any part of one.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe (a wrong name lists them), or a YAML file of any part of one.")
+    ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="The recipe's network with today's training in place of its own.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock budget; the schedule fits itself to it.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
