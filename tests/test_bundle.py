@@ -157,6 +157,9 @@ def test_safetensors_without_our_metadata_are_refused_by_name(tmp_path):
         ({"mean": [0.0]}, "1 means and 3 standard deviations"),
         ({"label_map": {}}, "label map"),
         ({"format": "new"}, "damaged"),
+        ({"tile": 0}, "damaged: tile"),
+        ({"colors": [(0, 0, 0), (300, 0, 0), (0, 0, 0)]}, "damaged: colors.1.0"),
+        ({"colors": [(0, 0, 0)]}, "damaged: colors: Value error, 1 for 3 classes"),
     ],
 )
 def test_a_card_that_makes_no_sense_is_refused_by_name(make_bundle, changes, message):
@@ -165,6 +168,22 @@ def test_a_card_that_makes_no_sense_is_refused_by_name(make_bundle, changes, mes
     with pytest.raises(ValueError, match=r"model\.safetensors: ") as caught:
         load_bundle(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [True, "/etc/hostname"])
+def test_a_bundle_that_asks_for_other_weights_is_refused_before_anything_is_fetched_or_opened(make_bundle, monkeypatch, weights):
+    path = make_bundle()
+    rewrite(path, {"encoder": "resnet18", "options": {"encoder_weights": weights}})
+    monkeypatch.setattr(bundle_module, "build", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*options\.encoder_weights: a bundle holds its weights itself"):
+        load_bundle(path)
+
+
+def test_a_model_that_torch_cannot_make_is_refused_by_name(make_bundle):
+    path = make_bundle()
+    rewrite(path, {"options": {"width": 2**40}})
+    with pytest.raises(ValueError, match=r"model\.safetensors: the model or data that the bundle describes can't be made"):
+        load_bundle(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "{}"])
@@ -198,6 +217,19 @@ def test_views_and_tied_tensors_are_saved_as_what_they_show(tmp_path):
     assert torch.equal(read["part"], whole[:, ::2])
     assert torch.equal(read["turned"], whole.T)
     assert torch.equal(read["tied"], read["again"])
+
+
+def test_saving_on_a_link_replaces_what_it_leads_to_and_keeps_link_and_mode(make_bundle, tmp_path):
+    bundle, shelf = load_bundle(make_bundle()), tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "net.safetensors").write_bytes(b"old")
+    (shelf / "net.safetensors").chmod(0o640)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(shelf / "net.safetensors")
+    save_bundle(link, bundle.model.state_dict(), bundle.card)
+    assert link.is_symlink()
+    assert load_bundle(shelf / "net.safetensors").card == bundle.card
+    assert (shelf / "net.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 # ---- a save that does not come to its end

@@ -10,6 +10,7 @@ from PIL import Image
 
 import perpixel
 from perpixel.bundle import load_bundle
+from perpixel.data.sources import open_source
 from perpixel.predict import Task, load, predict_files
 
 SIDES = (1, 2, 7, 33, 130)
@@ -216,6 +217,21 @@ def test_a_damaged_picture_is_named_and_the_others_are_written(segmenter, tmp_pa
     assert not (out / "b.png").exists()
 
 
+def test_a_picture_too_large_for_the_memory_is_named_and_the_others_are_written(segmenter, tmp_path, out, monkeypatch):
+    paths = [save(tmp_path / "in" / f"{name}.png", noise(8, 8, 3)) for name in "abc"]
+
+    def open_all_but_b(picture, bands):
+        if picture.name == "b":
+            raise MemoryError
+        return open_source(picture, bands)
+
+    monkeypatch.setattr("perpixel.predict.open_source", open_all_but_b)
+    result = predict_files(segmenter, paths, out)
+    assert [path.name for path in result.written] == ["a.png", "c.png"]
+    assert list(result.damaged) == [str(paths[1])]
+    assert result.damaged[str(paths[1])].startswith(f"{paths[1]}: does not fit into memory")
+
+
 def test_two_pictures_that_would_be_written_to_one_file_are_refused_before_anything_is(segmenter, tmp_path, out):
     first, second = save(tmp_path / "x" / "a.png", noise(8, 8, 3)), save(tmp_path / "y" / "a.jpg", noise(8, 8, 3))
     with pytest.raises(ValueError, match=r"x/a\.png and .*y/a\.jpg would both be written to .*out/a\.png; predict them into two folders"):
@@ -231,9 +247,39 @@ def test_an_input_is_never_overwritten(segmenter, tmp_path, linked):
     if linked:
         out = tmp_path / "link"
         out.symlink_to(tmp_path / "photos")
-    with pytest.raises(ValueError, match=r"a\.png is an input, and the labels .* would overwrite it; choose another folder"):
+    with pytest.raises(ValueError, match=r"a\.png is an input, and what is written for .* would overwrite it; choose another folder"):
         predict_files(segmenter, [tmp_path / "photos"], out)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("overlays/a.jpg", Task(overlay=True)), ("probabilities/a.tif", Task(probabilities=True, format="tif"))],
+)
+def test_what_is_written_beside_the_labels_never_overwrites_an_input_either(segmenter, tmp_path, out, name, task):
+    path, first = save(out / name, noise(8, 8, 3)), save(tmp_path / "first.png", noise(8, 8, 3))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{name} is an input, and what is written for .* would overwrite it; choose another folder"):
+        predict_files(segmenter, [first, path], out, task)
+    assert path.read_bytes() == before
+    assert [inside for inside in out.rglob("*") if inside.is_file()] == [path]
+
+
+def test_labels_never_overwrite_a_sheet_of_a_mosaic_that_is_read(segmenter, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    tifffile.imwrite(tmp_path / "a.tif", noise(32, 32, 3), photometric="rgb")
+    sheet = '<SourceFilename relativeToVRT="1">a.tif</SourceFilename>'
+    bands = [
+        f'<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource>{sheet}<SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>'
+        for band in (1, 2, 3)
+    ]
+    (tmp_path / "a.vrt").write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32">{"".join(bands)}</VRTDataset>')
+    before = (tmp_path / "a.tif").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with pytest.raises(ValueError, match=r"a\.tif is an input, and what is written for .*a\.vrt would overwrite it"):
+            predict_files(segmenter, [tmp_path / "a.vrt"], tmp_path, Task(format="tif"))
+    assert (tmp_path / "a.tif").read_bytes() == before
 
 
 def test_labels_beside_images_of_another_suffix_are_fine(segmenter, tmp_path):

@@ -6,14 +6,15 @@ Nothing is unpickled, ever. The metadata is one JSON text under the key `perpixe
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ __all__ = [
 
 WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class RefinerCard(BaseModel):
@@ -77,14 +79,22 @@ class Card(BaseModel):
     mean: list[float]
     std: list[float]
     classes: list[str]
-    colors: list[tuple[int, int, int]]
+    colors: list[tuple[Byte, Byte, Byte]]
     label_map: dict[str, Any]
-    tile: int
+    tile: int = Field(ge=1)
     overlap: int | Literal["exact"]
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
     refiner: RefinerCard | None = None
     temperature: TemperatureCard | None = None  # of the scores as the refiner above leaves them
+
+    @field_validator("colors")
+    @classmethod
+    def _of_every_class(cls, colors: list[tuple[int, int, int]], info: ValidationInfo) -> list[tuple[int, int, int]]:
+        classes = info.data.get("classes", colors)  # missing where they are damaged themselves
+        if len(colors) != len(classes):
+            raise ValueError(f"{len(colors)} for {len(classes)} classes; legal is one for each")
+        return colors
 
 
 @dataclass
@@ -179,9 +189,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
-    """Writes weights (a model's state dict) and card as one file, atomically."""
+    """Writes weights (a model's state dict) and card as one file, atomically; a link stays one, and what it leads to is replaced."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
-    save_tensors(path, own, {"perpixel": card.model_dump_json(), "digest": digest_of(own)})
+    save_tensors(Path(os.path.realpath(path)), own, {"perpixel": card.model_dump_json(), "digest": digest_of(own)})
 
 
 def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
@@ -284,11 +294,13 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> Bundle:
     digest = digest_of(tensors)
     if metadata.get("digest", digest) != digest:
         raise ValueError(f"{path}: the weights are damaged: their bytes are not those that were written. Copy the file anew")
+    if card.options.get("encoder_weights"):  # would open a file or download one
+        raise ValueError(f"{path}: the bundle's metadata is damaged: options.encoder_weights: a bundle holds its weights itself")
     try:
         model = build(card.model, len(card.classes), encoder=card.encoder, in_channels=card.bands, **card.options)
         bundle = Bundle(model, card)
         _ = bundle.normalize, bundle.label_map  # refuse illegal values now, not in the middle of a folder of images
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: the model or data that the bundle describes can't be made: {error}") from None
     try:
         model.load_state_dict(tensors)

@@ -44,7 +44,7 @@ class PixelSample:
         if not len(places):
             return
         name = f"{seen.path} {seen.name}"
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        seed = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=7).digest(), "big")
         drawn = places[torch.randint(len(places), (self.pixels,), generator=torch.Generator().manual_seed(seed)).to(places.device)]
         scores = seen.logits.flatten(1)[:, drawn].T.cpu()
         if torch.isfinite(scores).all():

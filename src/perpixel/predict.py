@@ -18,7 +18,7 @@ import numpy as np
 
 from perpixel import __version__
 from perpixel.budget import Limits, Plan, one_block
-from perpixel.data.decoding import read_header
+from perpixel.data.decoding import PictureError, read_header
 from perpixel.data.display import overlay
 from perpixel.data.geo import GEO_SUFFIXES, files_of
 from perpixel.data.images import FULL_SCALE, Picture, pixel_limit
@@ -87,6 +87,12 @@ class Task:
         wanted += [Layer("entropy", 0, "float16")] if self.entropy else []
         return wanted + ([Layer("uncertainty", 0, "float16")] if self.samples is not None else [])
 
+    def files(self, out: Path, name: str, kind: str) -> dict[str, Path]:
+        """Layer, or "overlays" -> the file that is written for a picture of this name, if its labels are a `kind` (png, tif, zarr)."""
+        found = {layer.name: out / layer.name / f"{name}.{'npy' if kind == 'png' else kind}" for layer in self.layers(1)}
+        found["labels"] = out / f"{name}.{kind}"
+        return found | ({"overlays": out / "overlays" / f"{name}.jpg"} if self.overlay else {})
+
 
 def predict_files(
     segmenter: Segmenter,
@@ -119,7 +125,7 @@ def predict_files(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, and the labels need a folder; name another with -o")
     pictures = find_sources(inputs, segmenter.bundle.card.bands)
-    _refuse_collisions(pictures, out, {"auto": "png"}.get(task.format, task.format))
+    _refuse_collisions(pictures, out, task)
     run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
     with closing(run), ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
@@ -150,15 +156,14 @@ class _Run:
         self, segmenter: Segmenter, task: Task, out: Path, pictures: list[Picture], progress: Progress, tell: Callable[[str], None]
     ) -> None:
         self.segmenter, self.task, self.out, self.pictures, self.progress, self.tell = segmenter, task, out, pictures, progress, tell
-        self.inputs = {picture.path.resolve() for picture in pictures}
+        self.inputs = _inputs(pictures)
         self._states: dict[Path, str] = {}  # digest of the names, sizes and times of the files of a path
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
         bundle = segmenter.bundle
         model = [bundle.card.model_dump_json(), bundle.digest()]
         settings = [*model, segmenter.refine, segmenter.precision, segmenter.augment, task.format, task.samples, task.overlay, task.strict]
-        settings.append(__version__)
-        self.journal = Journal(out, json.dumps([*settings, [layer.name for layer in self.layers]]))
+        self.journal = Journal(out, json.dumps([*settings, __version__, [layer.name for layer in self.layers]]))
         self.warned_of_faint = False
         self._plans: dict[tuple[object, ...], Plan] = {}  # of pictures of one size
         self._open: dict[Picture, Source] = {}
@@ -189,6 +194,8 @@ class _Run:
             return number, self._open[picture]
         except ValueError as error:
             return number, error
+        except MemoryError:
+            return number, PictureError(f"{picture}: does not fit into memory, decoded whole; write it as a tiled TIFF, read in parts")
 
     def close(self) -> None:
         """Close what an error has left open: of the picture in hand, those that wait, and those whose writing was dropped."""
@@ -331,13 +338,10 @@ class _Run:
 
     def _targets(self, picture: Picture, source: Source) -> dict[str, Path]:
         kind = format_of(self.task.format, picture.path, source.size, source.place)
-        beside = "npy" if kind == "png" else kind
-        targets = {layer.name: self.out / layer.name / f"{picture.name}.{beside}" for layer in self.layers}
-        targets["labels"] = self.out / f"{picture.name}.{kind}"
+        targets = self.task.files(self.out, picture.name, kind)
         if kind == "zarr" and find_spec("zarr") is None:
             raise _HopelessError(f"{targets['labels']}: writing zarr needs zarr; pip install 'perpixel[zarr]' adds it")
-        if targets["labels"].resolve() in self.inputs:
-            raise _HopelessError(f"{targets['labels']} is an input, and the labels of {picture} would overwrite it; choose another folder.")
+        _refuse_overwriting(picture, targets, self.inputs)
         return targets
 
     def _write_whole(
@@ -347,8 +351,7 @@ class _Run:
         for name in arrays.keys() - {"labels"}:
             write_array(targets[name], arrays[name])
         if self.task.overlay:
-            height, width = source.size
-            self._write_overlay(picture, source.read(0, 0, height, width).pixels, arrays["labels"])
+            self._write_overlay(targets["overlays"], source.read(0, 0, *source.size).pixels, arrays["labels"])
         self._finish(picture, targets["labels"], region.damage)
 
     def _join(self, picture: Picture, source: Source, targets: dict[str, Path], mosaic: Mosaic) -> None:
@@ -365,11 +368,10 @@ class _Run:
                 self.result.shared += 1
             return
         try:
-            for name, path in targets.items():
-                if name != "labels":
-                    write_layer(path, mosaic, name, self.legend, source.place)
+            for layer in self.layers[1:]:  # labels last: where they are, all is
+                write_layer(targets[layer.name], mosaic, layer.name, self.legend, source.place)
             if self.task.overlay:
-                self._write_overlay(picture, *thinned(source, mosaic))
+                self._write_overlay(targets["overlays"], *thinned(source, mosaic))
             damage = mosaic.damage()
             write_layer(targets["labels"], mosaic, "labels", self.legend, source.place)
         except FileNotFoundError:
@@ -381,10 +383,10 @@ class _Run:
         self._finish(picture, targets["labels"], damage)
         mosaic.remove()
 
-    def _write_overlay(self, picture: Picture, image: np.ndarray, labels: np.ndarray) -> None:
+    def _write_overlay(self, path: Path, image: np.ndarray, labels: np.ndarray) -> None:
         unseen, step = int(np.iinfo(labels.dtype).max), -(-max(labels.shape) // OVERLAY_SIDE)
         image, labels = image[:, ::step, ::step], labels[::step, ::step]
-        write_rgb(self.out / "overlays" / f"{picture.name}.jpg", overlay(image, labels, self.segmenter.colors, ignore=unseen))
+        write_rgb(path, overlay(image, labels, self.segmenter.colors, ignore=unseen))
 
     def _finish(self, picture: Picture, target: Path, damage: dict[tuple[int, int, int, int], str]) -> None:
         self._release(picture)
@@ -426,14 +428,21 @@ def _writing(function: Callable[..., None], *arguments: Any) -> None:
         raise _HopelessError(str(error)) from error
 
 
-def _refuse_collisions(pictures: Sequence[Picture], out: Path, suffix: str) -> None:
+def _inputs(pictures: Sequence[Picture]) -> set[Path]:
+    """All files that are read, those that a raster is made of too."""
+    return {file.resolve() for path in {picture.path for picture in pictures} for file in files_of(path)}
+
+
+def _refuse_overwriting(picture: Picture, targets: dict[str, Path], inputs: set[Path]) -> None:
+    if hit := [target for target in targets.values() if target.resolve() in inputs]:
+        raise _HopelessError(f"{hit[0]} is an input, and what is written for {picture} would overwrite it; choose another folder.")
+
+
+def _refuse_collisions(pictures: Sequence[Picture], out: Path, task: Task) -> None:
     seen: dict[str, Picture] = {}
-    inputs = {picture.path.resolve() for picture in pictures}
+    inputs = _inputs(pictures)
     for picture in pictures:
-        target = out / f"{picture.name}.{suffix}"
-        if target.resolve() in inputs:
-            raise ValueError(f"{target} is an input, and the labels of {picture} would overwrite it; choose another folder.")
-        if picture.name in seen:
-            both = f"{seen[picture.name]} and {picture}"
-            raise ValueError(f"{both} would both be written to {target}; predict them into two folders.")
-        seen[picture.name] = picture
+        targets = task.files(out, picture.name, "png" if task.format == "auto" else task.format)
+        _refuse_overwriting(picture, targets, inputs)
+        if (first := seen.setdefault(picture.name, picture)) is not picture:
+            raise ValueError(f"{first} and {picture} would both be written to {targets['labels']}; predict them into two folders.")

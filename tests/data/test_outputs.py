@@ -4,9 +4,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tifffile
 
+from perpixel.data.images import Picture
 from perpixel.data.mosaics import Grid, Layer, Mosaic
 from perpixel.data.outputs import Legend, write_layer
+from perpixel.data.sources import open_source
 from perpixel.data.windows import NO_PLACE
 
 LEGEND = Legend(("a", "b"), ((0, 0, 0), (255, 255, 255)))
@@ -75,3 +78,17 @@ def test_an_npy_map_is_joined_without_holding_a_row_of_blocks(tmp_path, bands):
     tracemalloc.stop()
     assert np.array_equal(np.load(tmp_path / "a.npy"), values)
     assert peak < max(bands, 1) * 64 * 8192 * 2 / 2  # half a row of blocks
+
+
+@pytest.mark.parametrize("name", ["Landesvermessung Thüringen|", "測地系|"])
+def test_names_of_places_that_are_not_ascii_are_copied_byte_by_byte(tmp_path, name):
+    """GDAL writes UTF-8 into GeoAsciiParams, which is 7-bit by OGC 19-008r4."""
+    stored = name.encode() + b"\0"
+    tags = [(33550, "d", 3, (1.0, 1.0, 0.0), True), (34737, 2, len(stored), stored, True)]
+    tifffile.imwrite(tmp_path / "a.tif", labels(40, 50), extratags=tags)
+    place = open_source(Picture(tmp_path / "a.tif")).place
+    write_layer(tmp_path / "b.tif", mosaic_of(tmp_path / "parts", {"labels": labels(40, 50)}, (16, 16)), "labels", LEGEND, place)
+    assert stored in (tmp_path / "b.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "a.tif") as before, tifffile.TiffFile(tmp_path / "b.tif") as after:
+        for code in (33550, 34737):
+            assert after.pages[0].tags[code].value == before.pages[0].tags[code].value

@@ -429,3 +429,14 @@ def test_a_cut_that_may_have_taken_the_mask_of_a_page_is_told_and_that_of_a_page
             ][:told]
         )
         assert window.known is None
+
+
+def test_to_open_a_page_of_a_long_stack_few_directories_are_read(tmp_path, monkeypatch):
+    """All those behind each page would take a time that grows with the square of their number."""
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for number in range(30):
+            file.write(noise(8, 8, seed=number), photometric="minisblack", contiguous=False)
+    seen, own = [], tifffile.TiffPage.__init__
+    monkeypatch.setattr(tifffile.TiffPage, "__init__", lambda self, *given, **named: (seen.append(1), own(self, *given, **named))[1])
+    assert np.array_equal(open_source(Picture(tmp_path / "a.tif", 0)).read(0, 0, 8, 8).pixels[0], noise(8, 8))
+    assert len(seen) < 12

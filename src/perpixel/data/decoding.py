@@ -69,8 +69,8 @@ def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -
         _refuse_page(path, page)
         bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
-            if bits == 16 and color in (2, 6):
-                return Stored(_read_png16(path, limit))
+            if bits == 16 and color in (2, 4, 6):  # Pillow would keep 8 of 16 bits
+                return Stored(_read_png16(path, limit, color))
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 warnings.warn(f"{path}: holds an animation; only its first picture is used", stacklevel=4)
             return _from_pillow(image, {2: 85, 4: 17}.get(bits, 1) if color == 0 else 1)
@@ -89,8 +89,9 @@ def read_header(path: Path, page: int | None, limit: int) -> Header:
             if image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
                 height, width = width, height
             pages = int(getattr(image, "n_frames", 1)) if getattr(image, "is_animated", False) else 1
-            if bits == 16 and color in (2, 6):
-                return Header(height, width, 3, "uint16", "RGB;16", pages)
+            if bits == 16 and color in (2, 4, 6):
+                bands, mode = (1, "LA;16") if color == 4 else (3, "RGB;16")
+                return Header(height, width, bands, "uint16", mode, pages)
             wide = mode == "I" and image.format in ("PNG", "PPM")
         dtype = "bool" if mode == "1" else "uint16" if wide or mode.startswith("I;16") else "float32" if mode in ("I", "F") else "uint8"
         bands = 1 if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16") else 3
@@ -224,14 +225,26 @@ def _png_depth(path: Path) -> tuple[int, int]:
     return (start[24], start[25]) if len(start) == 26 and start.startswith(b"\x89PNG\r\n\x1a\n") else (0, 0)
 
 
-def _read_png16(path: Path, limit: int) -> np.ndarray:
-    """(3, H, W) uint16. Pillow keeps 8 of 16 bits of a colour: the high bytes, or, told that they come first, the low ones."""
-    halves = []
-    for order in ("B", "L"):
-        with _open_pillow(path, limit) as image:
-            image.tile = [tile._replace(args=f"{image.mode};16{order}") for tile in image.tile]
-            halves.append(np.asarray(image)[..., :3].astype(np.uint16))
-    return np.ascontiguousarray((halves[0] << 8 | halves[1]).transpose(2, 0, 1))
+def _read_png16(path: Path, limit: int, color: int) -> np.ndarray:
+    """(3, H, W) uint16, of grey with alpha (1, H, W); upright. Pillow itself keeps 8 of the 16 bits."""
+    if color == 4:  # the two bytes of grey and the two of alpha, taken for four bands
+        four = _unpacked(path, limit, "RGBA", "RGBA")
+        high, low = four[..., :1], four[..., 1:2]
+    else:  # the high bytes, or, told that they come first, the low ones
+        mode = "RGB" if color == 2 else "RGBA"
+        high, low = (_unpacked(path, limit, mode, f"{mode};16{order}")[..., :3] for order in "BL")
+    return np.ascontiguousarray((high << 8 | low).transpose(2, 0, 1))
+
+
+def _unpacked(path: Path, limit: int, mode: str, raw: str) -> np.ndarray:
+    """(H, W, bands) uint16: a PNG whose bytes Pillow takes for those of another of its raw modes; upright."""
+    with _open_pillow(path, limit) as image:
+        image._mode = mode
+        image.tile = [tile._replace(args=raw) for tile in image.tile]
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image).astype(np.uint16)
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -31,7 +31,17 @@ def place_of(page: tifffile.TiffPage) -> Place:
             nodata = float(str(page.tags[NODATA_TAG].value).strip("\0 "))
         except ValueError:
             nodata = None  # GDAL's own reader ignores what is no number
-    return Place(tuple((tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags), nodata)
+    return Place(tuple((tag.code, int(tag.dtype), tag.count, _as_stored(page, tag), True) for tag in tags), nodata)
+
+
+def _as_stored(page: tifffile.TiffPage, tag: Any) -> Any:
+    """The value of a tag; of text its bytes: names of places are not always 7-bit ASCII, and tifffile writes no other text."""
+    if not isinstance(tag.value, str):
+        return tag.value
+    file = page.parent.filehandle
+    with file.lock:
+        file.seek(tag.valueoffset)
+        return file.read(tag.valuebytecount)
 
 
 def open_raster(picture: Picture) -> "RasterSource":
@@ -46,6 +56,8 @@ def open_raster(picture: Picture) -> "RasterSource":
 
 def files_of(path: Path) -> list[Path]:
     """The file, and those that it is made of (the sheets of a `.vrt`), as far as GDAL can tell."""
+    if path.suffix.lower() not in GEO_SUFFIXES:
+        return [path]
     try:
         with import_module("rasterio").open(path) as file:
             return sorted({path, *map(Path, file.files)})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perpixel.data.decoding import explained, is_tiff
+from perpixel.data.decoding import explained, is_tiff, lacks_codec
 from perpixel.data.images import Picture
 from perpixel.data.masks import LabelMap, mask_values, read_mask
 from perpixel.data.tiff_windows import TiffSource, tiff_in_parts
@@ -33,7 +33,11 @@ class LabelSource:
         self._file: TiffSource | None = None
         with explained(picture.path, picture.page):
             if is_tiff(picture.path) and tiff_in_parts(picture):
-                self._file = TiffSource(picture)
+                try:
+                    self._file = TiffSource(picture)
+                except (ImportError, ValueError) as error:
+                    if not lacks_codec(error):
+                        raise  # else `read_mask` may know the compression, or says what to install
         if self._file is None:
             self._whole = read_mask(picture)
             self.size: tuple[int, int] = (self._whole.shape[0], self._whole.shape[1])

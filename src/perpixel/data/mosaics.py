@@ -73,7 +73,10 @@ def agreed(folder: Path, proposal: dict[str, int]) -> dict[str, int]:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         mine = folder / f"plan.{secrets.token_hex(6)}"
-        mine.write_text(json.dumps(proposal), "utf-8")
+        with mine.open("w", encoding="utf-8") as file:
+            json.dump(proposal, file)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave the name without its content
         try:
             os.link(mine, path)  # unlike a rename it does not replace what another process has put there meanwhile
         except FileExistsError:
@@ -81,7 +84,11 @@ def agreed(folder: Path, proposal: dict[str, int]) -> dict[str, int]:
         except OSError:  # a file system without links
             os.replace(mine, path)
         mine.unlink(missing_ok=True)
-    found: dict[str, int] = json.loads(path.read_text("utf-8"))
+    try:
+        found: dict[str, int] = json.loads(path.read_text("utf-8"))
+    except ValueError:  # damaged, and how the parts beside it were cut is lost with it
+        shutil.rmtree(folder)
+        return agreed(folder, proposal)
     return found
 
 
@@ -251,4 +258,4 @@ class Journal:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()

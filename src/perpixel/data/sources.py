@@ -6,7 +6,7 @@ from pathlib import Path
 from perpixel.data.decoding import PictureError, explained, is_tiff, lacks_codec
 from perpixel.data.geo import GEO_SUFFIXES, open_raster
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, find_pictures, read_image
-from perpixel.data.tiff_windows import BandPages, TiffSource, ome_slices, tiff_in_parts
+from perpixel.data.tiff_windows import BandPages, TiffSource, knows_place, ome_slices, tiff_in_parts
 from perpixel.data.windows import Source, WholeSource
 from perpixel.data.zarr_windows import ZarrSource, is_zarr, zarr_slices
 
@@ -82,4 +82,7 @@ def open_page(picture: Picture) -> Source:
             except (ImportError, ValueError) as error:
                 if not lacks_codec(error):
                     raise  # else Pillow may know the compression, or the error says what to install
+                if knows_place(picture):
+                    lost = "without it would be lost where it lies or what of it is no data"
+                    raise PictureError(f"{picture}: needs imagecodecs: {lost}; pip install 'perpixel[tiff]' adds it") from None
     return WholeSource(read_image(picture))

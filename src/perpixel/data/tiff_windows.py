@@ -45,6 +45,13 @@ def tiff_in_parts(picture: Picture, small: bool = False) -> bool:
         return _in_parts(tiff_page(tiff, picture.path, picture.page, partly=True), small)
 
 
+def knows_place(picture: Picture) -> bool:
+    """Whether it says where it lies on Earth, or what of it is no data: Pillow would drop both."""
+    with tifffile.TiffFile(picture.path) as tiff:
+        page = tiff_page(tiff, picture.path, picture.page, partly=True)
+        return place_of(page) != NO_PLACE or mask_of_page(picture, page) is not None
+
+
 def _in_parts(page: tifffile.TiffPage, small: bool) -> bool:
     worth = page.is_tiled or page.imagelength * page.imagewidth > SMALL or place_of(page) != NO_PLACE
     if page.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB):
@@ -73,7 +80,7 @@ def mask_of_page(picture: Picture, page: tifffile.TiffPage) -> Picture | None:
 def mask_may_be_lost(page: tifffile.TiffPage) -> bool:
     """Whether a file was cut off where the directory of the page's mask may have been: behind it and its overviews."""
     pages = page.parent.pages
-    following = [pages[number].aspage() for number in range(page.index + 1, len(pages))]
+    following = (pages[number].aspage() for number in range(page.index + 1, len(pages)))  # lazily: stacks are long
     return all(other.is_mask or other.is_reduced for other in following) and tiff_is_cut(page.parent)
 
 

@@ -29,8 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file name that becomes `path` when the block ends well.
 
     The temporary file lies in the same folder (which is made if missing), hidden, with the same suffix. When the block ends it
-    is flushed to the disk and renamed onto `path`; whatever goes wrong before that, it is removed and an older `path` stays. What a killed
-    process has left is taken over by the next that writes the same file.
+    is flushed to the disk and renamed onto `path`, with the mode of an older file there; whatever goes wrong before that, it is removed and
+    the older file stays. What a killed process has left is taken over by the next that writes the same file.
 
     Raises:
         OSError: when the disk (or a quota, or a file size limit) is full, with a message that says so; the block's own
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner may read
+        os.chmod(temporary, _mode(path))  # some libraries write files that only their owner may read
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -87,6 +87,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _mode(path: Path) -> int:
+    """Who may read and write it: as before, and where it is new, as the umask has it."""
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        return 0o666 & ~_UMASK
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
