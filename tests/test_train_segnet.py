@@ -91,6 +91,14 @@ def test_one_pass_gives_the_averages_of_the_batches_means_and_unbiased_variances
     assert all(torch.equal(value, weights[name]) for name, value in network.named_parameters())
 
 
+def test_a_pass_records_no_gradients():
+    recorded = []
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    network.register_forward_hook(lambda _, __, output: recorded.append(output.requires_grad))
+    measure_batch_norm(network, [torch.randn(4, 2, 5, 5) for _ in range(3)])
+    assert recorded == [False] * 3
+
+
 def test_without_images_the_statistics_stay():
     network = nn.Sequential(nn.BatchNorm2d(2))
     network[0].running_mean.fill_(3)

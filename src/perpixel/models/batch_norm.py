@@ -19,12 +19,12 @@ def freeze_batch_norm(module: nn.Module) -> None:
         norm.eval()
 
 
-@torch.no_grad()
 def is_frozen(norm: nn.Module) -> bool:
     """Whether a batch norm belongs to a frozen part: its statistics stay too."""
     return norm.weight is not None and not norm.weight.requires_grad
 
 
+@torch.no_grad()
 def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor], frozen: nn.Module | None = None) -> None:
     """Running statistics of batch norm from one pass: the averages of the batches' means and of their unbiased variances.
 
