@@ -117,7 +117,8 @@ LONGER = 3
 AGAIN = {row: f"{row}, {LONGER} times the updates" for row in ("bilinear, median_frequency", "basic, median_frequency")}
 NARROW_WIDTH = 16
 # Nearer to the paper's width of 64: how far the narrow net is from what the decoder can do.
-WIDER = "basic, median_frequency, 3 times the updates, width 32"
+WIDER_WIDTH = 32
+WIDER = f"{AGAIN['basic, median_frequency']}, width {WIDER_WIDTH}"
 SWITCHED_OFF = ("brightness", "contrast", "saturation", "hue", "rare_class_probability")
 
 
@@ -137,7 +138,7 @@ def segnet_rows() -> dict[str, list[str]]:
         for variant in SEGNET_TABLE
     }
     rows |= {longer: rows[row] for row, longer in AGAIN.items()}
-    return rows | {WIDER: [*rows["basic, median_frequency"], *settings("model.options.width=32")]}
+    return rows | {WIDER: [*rows["basic, median_frequency"], *settings(f"model.options.width={WIDER_WIDTH}")]}
 
 
 def segnet_claims() -> list[Claim]:

@@ -83,7 +83,7 @@ def test_a_mosaic_of_files_is_another_picture_once_one_of_its_sheets_is(segmente
     vrt.write_text(f'<VRTDataset rasterXSize="64" rasterYSize="64">{bands}</VRTDataset>')
 
     def key():
-        return predict._Run(segmenter, Task(), tmp_path / "out", [], lambda *_: None, lambda _: None).key(Picture(vrt))
+        return predict._Run(segmenter, Task(), tmp_path / "out", [], set(), lambda *_: None, lambda _: None).key(Picture(vrt))
 
     before = key()
     assert key() == before

@@ -256,7 +256,7 @@ def test_a_rewritten_zarr_store_is_another_picture(make_bundle, tmp_path):
     store = zarr.create_array(tmp_path / "a.zarr", shape=(64, 64, 3), chunks=(32, 32, 3), dtype="uint8")
     store[:] = noise(64, 64, 3)
     segmenter, picture = load(make_bundle(), device="cpu"), Picture(tmp_path / "a.zarr")
-    first, second, third = (predict._Run(segmenter, Task(), tmp_path / "out", [], lambda *_: None, lambda _: None) for _ in range(3))
+    first, second, third = (predict._Run(segmenter, Task(), tmp_path / "out", [], set(), lambda *_: None, lambda _: None) for _ in range(3))
     before = first.key(picture)
     assert second.key(picture) == before
     store[:32] = noise(32, 64, 3, seed=1)
@@ -266,7 +266,7 @@ def test_a_rewritten_zarr_store_is_another_picture(make_bundle, tmp_path):
 
 def test_the_files_of_a_zarr_store_are_looked_at_once_for_all_its_slices(make_bundle, tmp_path, monkeypatch):
     zarr.create_array(tmp_path / "a.zarr", shape=(20, 32, 32), chunks=(1, 32, 32), dtype="uint8")[:] = noise(20, 32, 32)
-    run = predict._Run(load(make_bundle(), device="cpu"), Task(), tmp_path / "out", [], lambda *_: None, lambda _: None)
+    run = predict._Run(load(make_bundle(), device="cpu"), Task(), tmp_path / "out", [], set(), lambda *_: None, lambda _: None)
     seen, own = [], Path.stat
     monkeypatch.setattr(Path, "stat", lambda path, **rest: seen.append(path) or own(path, **rest))
     keys = {run.key(Picture(tmp_path / "a.zarr", page)) for page in range(20) for _ in range(4)}

@@ -64,7 +64,7 @@ def test_a_pass_beside_a_frozen_part_measures_the_rest_on_what_that_part_gives_w
     frozen, rest = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
     frozen[1].running_mean.fill_(0.5)
     network, batches = nn.Sequential(frozen, rest), [torch.randn(4, 2, 5, 5) for _ in range(3)]
-    measure_batch_norm(network, batches, frozen)
+    measure_batch_norm(network, batches, batch_norms(frozen))
     assert torch.equal(frozen[1].running_mean, torch.full((3,), 0.5))
     with torch.no_grad():
         seen = [frozen.eval()(batch).mean((0, 2, 3)) for batch in batches]

@@ -62,7 +62,7 @@ def _sizes(report: "Check") -> str:
     sizes = list(report.sizes)
     if len(sizes) == 1:
         return f"{sizes[0][0]}x{sizes[0][1]} pixels (height x width)"
-    low, high = min(sizes, key=lambda s: (s[0] * s[1], s)), max(sizes, key=lambda s: (s[0] * s[1], s))  # 213x320 and 320x213 are two
+    low, *_, high = sorted(sizes, key=lambda size: (size[0] * size[1], size))  # of 213x320 and 320x213 one is each
     most = sizes[0]
     return f"{len(sizes)} sizes, {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels (height x width), mostly {most[0]}x{most[1]}"
 

@@ -135,6 +135,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "focal": focal,
     "lovasz_softmax": lovasz_softmax,
 }
+PIXEL_LOSSES = ("cross_entropy", "focal")  # those that weights of classes and pixels reach
 
 
 @dataclass(frozen=True)
@@ -314,9 +315,6 @@ def border_weights(labels: np.ndarray, w0: float = 10.0, sigma: float = 5.0, bac
     weights = w0 * np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
     weights[(nearest + second > reach) | (labels != background)] = 0
     return weights.astype(np.float32)
-
-
-PIXEL_LOSSES = ("cross_entropy", "focal")
 
 
 def _checked(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from perpixel.tiling import at_once
 
 __all__ = ["Limits", "Predicted", "Segmenter", "Task", "load", "predict_files"]
 Progress = Callable[[float, int, str], None]  # (pictures done, with the share of blocks of the one in hand; of how many; what)
+Tell = Callable[[str], None]
 FAINT = 4096 / 65536  # of the range of 16 bits: what 12-bit cameras use of it
 ORDINARY = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}  # decoded whole, never georeferenced
 
@@ -100,7 +101,7 @@ def predict_files(
     out: Path,
     task: Task | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> Predicted:
     """Writes OUT/<name>.png (.tif, .zarr) with class indices for each picture of files, folders, globs, stacks and zarr stores.
 
@@ -125,8 +126,9 @@ def predict_files(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, and the labels need a folder; name another with -o")
     pictures = find_sources(inputs, segmenter.bundle.card.bands)
-    _refuse_collisions(pictures, out, task)
-    run = _Run(segmenter, task, out, pictures, progress or (lambda *_: None), tell or (lambda _: None))
+    read = _inputs(pictures)
+    _refuse_collisions(pictures, out, task, read)
+    run = _Run(segmenter, task, out, pictures, read, progress or (lambda *_: None), tell or (lambda _: None))
     with closing(run), ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
             run.picture(number, source, partial(do, _writing))
@@ -153,10 +155,10 @@ class _Run:
     """One call of `predict_files`: its pictures, journal and result."""
 
     def __init__(
-        self, segmenter: Segmenter, task: Task, out: Path, pictures: list[Picture], progress: Progress, tell: Callable[[str], None]
+        self, segmenter: Segmenter, task: Task, out: Path, pictures: list[Picture], inputs: set[Path], progress: Progress, tell: Tell
     ) -> None:
-        self.segmenter, self.task, self.out, self.pictures, self.progress, self.tell = segmenter, task, out, pictures, progress, tell
-        self.inputs = _inputs(pictures)
+        self.segmenter, self.task, self.out, self.progress, self.tell = segmenter, task, out, progress, tell
+        self.pictures, self.inputs = pictures, inputs
         self._states: dict[Path, str] = {}  # digest of the names, sizes and times of the files of a path
         self.legend, self.layers = Legend(segmenter.classes, segmenter.colors), task.layers(len(segmenter.classes))
         self.result = Predicted()
@@ -438,9 +440,8 @@ def _refuse_overwriting(picture: Picture, targets: dict[str, Path], inputs: set[
         raise _HopelessError(f"{hit[0]} is an input, and what is written for {picture} would overwrite it; choose another folder.")
 
 
-def _refuse_collisions(pictures: Sequence[Picture], out: Path, task: Task) -> None:
+def _refuse_collisions(pictures: Sequence[Picture], out: Path, task: Task, inputs: set[Path]) -> None:
     seen: dict[str, Picture] = {}
-    inputs = _inputs(pictures)
     for picture in pictures:
         targets = task.files(out, picture.name, "png" if task.format == "auto" else task.format)
         _refuse_overwriting(picture, targets, inputs)

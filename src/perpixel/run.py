@@ -142,7 +142,7 @@ class Run:
         kept |= {scored for own, scored in pairs if is_frozen(own)}  # averaged weights have no gradients to tell it by
         with self.fabric.autocast():
             images = (self._pixels(images) for images, _, _ in islice(self.batches(0), batches))
-            measure_batch_norm(self.scored, images, torch.nn.ModuleList(kept))
+            measure_batch_norm(self.scored, images, kept)
         if self.fabric.world_size > 1:
             for norm in batch_norms(self.scored):
                 for statistic in (norm.running_mean, norm.running_var):

@@ -74,14 +74,15 @@ def train(
         console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if not resume and (out / "resume.safetensors").exists():
         raise ValueError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder.")
-    given = merge(_stated(recipe, fast), read_settings(settings), _length(steps, minutes, read_settings(settings).get("train", {})))
+    stated, asked = _stated(recipe, fast), read_settings(settings)
+    given = merge(stated, asked, _length(steps, minutes, asked.get("train", {})))
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
-        given = _resumed(out / "recipe.yaml", given, read_settings(settings))
+        given = _resumed(out / "recipe.yaml", given, asked)
     _refuse_other_meaning(classes, labels, given.get("data", {}))
     start = None if resumed else given.get("model", {}).get("start_from")
     if start:
-        if read_settings(settings).get("model", {}).get("encoder_weights"):
+        if asked.get("model", {}).get("encoder_weights"):
             raise ValueError("model.start_from and model.encoder_weights both say where the encoder starts; give one of them")
         card = read_card(Path(start), read_tensors(Path(start))[1])
         given = merge(_of_bundle(card), given, {"model": {"encoder_weights": None}})
@@ -93,7 +94,7 @@ def train(
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
     full, reasons = plan(report, this_machine(), given)
     if not resumed:
-        _announce(report, reasons, read_settings(settings), console)
+        _announce(report, reasons, asked, console)
     return fit(full, report, out, console, started, None if resumed else reasons)
 
 
@@ -207,16 +208,13 @@ def _length(steps: int | None, minutes: float | None, settings: Mapping[str, Any
 
 def _refuse_other_meaning(classes: str | None, labels: Mapping[int, int] | None, data: Mapping[str, Any]) -> None:
     """ValueError where classes or labels contradict a recipe that says what masks mean: it would win, and nobody be told."""
+    other = "Leave the option out, or take data.{} out of the recipe."
     if classes and data.get("classes") and list(read_classes(classes).names) != list(data["classes"]):
-        raise ValueError(f"--classes names other classes than the recipe: {', '.join(data['classes'])}. {_ONE_OF_THEM.format('classes')}")
-    values = (data.get("label_map") or {}).get("values", {})
-    for value, label in (labels or {}).items() if values else ():
-        if values.get(str(value)) != label:
-            stated = values.get(str(value), "nothing")
-            raise ValueError(f"--label {value}={label}, but the recipe makes {stated} of {value}. {_ONE_OF_THEM.format('label_map')}")
-
-
-_ONE_OF_THEM = "Leave the option out, or take data.{} out of the recipe."
+        raise ValueError(f"--classes names other classes than the recipe: {', '.join(data['classes'])}. {other.format('classes')}")
+    if values := (data.get("label_map") or {}).get("values"):
+        for value, label in (labels or {}).items():
+            if (stated := values.get(str(value), "nothing")) != label:
+                raise ValueError(f"--label {value}={label}, but the recipe makes {stated} of {value}. {other.format('label_map')}")
 
 
 def _resumed(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

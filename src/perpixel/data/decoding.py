@@ -196,10 +196,14 @@ def _pillow_palette(image: Image.Image) -> np.ndarray | None:
     return palette
 
 
-def _from_pillow(image: Image.Image, scale: int) -> Stored:
+def _turn_upright(image: Image.Image) -> None:
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
+
+
+def _from_pillow(image: Image.Image, scale: int) -> Stored:
+    _turn_upright(image)
     palette = _pillow_palette(image)
     mode = image.mode
     if mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa"):
@@ -241,9 +245,7 @@ def _unpacked(path: Path, limit: int, mode: str, raw: str) -> np.ndarray:
     with _open_pillow(path, limit) as image:
         image._mode = mode
         image.tile = [tile._replace(args=raw) for tile in image.tile]
-        image.load()
-        with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
+        _turn_upright(image)
         return np.asarray(image).astype(np.uint16)
 
 

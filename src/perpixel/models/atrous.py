@@ -73,13 +73,6 @@ def checked_rates(asked: Sequence[int] | None, published: Sequence[int]) -> Sequ
     return asked
 
 
-def checked_width(width: int) -> int:
-    """`width`; ValueError where it is below 1."""
-    if width < 1:
-        raise ValueError(f"width is {width}; it must be at least 1")
-    return width
-
-
 class ContextNorm(nn.BatchNorm2d):
     """Batch norm that takes its running statistics, unchanged, where a batch gives it one value a channel: that has no variance."""
 

@@ -1,6 +1,6 @@
 """Batch norm whose statistics are not what training needs: freezing it, and measuring it anew."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor], frozen: nn.Module | None = None) -> None:
+def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor], kept: Collection[nn.Module] = ()) -> None:
     """Running statistics of batch norm from one pass: the averages of the batches' means and of their unbiased variances.
 
     In place of the moving averages that training leaves, which remember the weights of some steps ago.
@@ -33,14 +33,13 @@ def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor], frozen: nn
     Args:
         network: in any mode, which is restored; its layers work as in training, so dropout drops.
         batches: (N, C, H, W), as in training. A variance over m values is multiplied by m / (m - 1).
-        frozen: a part of it that uses its statistics, and keeps them.
+        kept: the batch norms of it that use their statistics, and keep them.
 
     Raises:
         ValueError: if there is no batch.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; SegNet's test-time statistics (arXiv:1511.00561) are made just so.
     """
-    kept = set() if frozen is None else set(batch_norms(frozen))
     tracking = (norm for norm in batch_norms(network) if norm.running_mean is not None and norm.num_batches_tracked is not None)
     norms = [norm for norm in tracking if norm not in kept]
     settings = [(norm, norm.momentum) for norm in norms]
@@ -48,8 +47,8 @@ def measure_batch_norm(network: nn.Module, batches: Iterable[Tensor], frozen: nn
     before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     count = 0
     network.train()
-    if frozen is not None:
-        freeze_batch_norm(frozen)
+    for norm in kept:
+        norm.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # PyTorch's word for the average of all batches

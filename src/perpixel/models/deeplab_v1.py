@@ -11,12 +11,11 @@ from perpixel.models.atrous import (
     CoarselyTrainedDecoder,
     atrous_convolution,
     atrous_encoder,
-    checked_width,
     small_scores,
     summed,
 )
 from perpixel.models.encoders import EncoderWeights
-from perpixel.models.layers import doubled_biases, initialise
+from perpixel.models.layers import checked_width, doubled_biases, initialise
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.vgg import VGGPath, classifier_weights, fully_connected, source_of
 

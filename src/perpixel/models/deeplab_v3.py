@@ -12,7 +12,6 @@ from perpixel.models.atrous import (
     apply_multi_grid,
     atrous_encoder,
     checked_rates,
-    checked_width,
     normalised,
     small_scores,
     zoom,
@@ -20,7 +19,7 @@ from perpixel.models.atrous import (
 from perpixel.models.deeplab_v3_smp import SmpDecoder, smp_encoder
 from perpixel.models.encoders import EncoderWeights, TimmEncoder, timm_encoder
 from perpixel.models.fcn_resnet import FCNHead
-from perpixel.models.layers import initialise, resize_logits
+from perpixel.models.layers import checked_width, initialise, resize_logits
 from perpixel.models.model import Features, InputGeometry, SegmentationModel, whole_cells
 from perpixel.models.resnet import UNITS, AtrousCascade, ResNetPath, checked_grid, load_own_weights
 from perpixel.models.torchvision_trunks import TorchvisionTrunk

@@ -4,6 +4,7 @@ Source: Chen et al. 2018, arXiv:1802.02611, with separable convolutions; layer b
 """
 
 import torch
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from perpixel.models.atrous import AtrousPyramid, normalised, separable_convolution, zoom
@@ -57,7 +58,7 @@ def smp_encoder(name: str, in_channels: int = 3, weights: EncoderWeights = None,
     """
     if output_stride not in (8, 16):
         raise ValueError(f"output_stride is {output_stride}; with variant 'smp' it must be 8 or 16")
-    if name.split(".")[0] in RESNETS:  # timm's names may have a tag, which says where weights come from
+    if split_model_name_tag(name)[0] in RESNETS:
         encoder = timm_encoder(name, in_channels, weights)
         for stage, rate in (("layer3", 2), ("layer4", 4)) if output_stride == 8 else (("layer4", 2),):
             _dilate(encoder.network.get_submodule(stage), rate)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from perpixel.models.deeplab_v1 import AtrousClassifier, load_classifier
@@ -88,7 +89,7 @@ def _from_timm(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
 def _from_smp(model: SegmentationModel, state: Mapping[str, Tensor]) -> None:
     if isinstance(model.decoder, SmpDecoder) and isinstance(model.encoder, TimmEncoder):
         name, wrapped = model.encoder.name, any(key.startswith("encoder.model.") for key in state)
-        if wrapped and name.split(".")[0] in RESNETS:
+        if wrapped and split_model_name_tag(name)[0] in RESNETS:
             raise ValueError(f"the state dict is of 'tu-{name}', whose stages dilate otherwise than those of {name!r}, which can be read")
     _whole(model, state, SMP, "segmentation_models.pytorch")
 

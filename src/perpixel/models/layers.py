@@ -100,3 +100,10 @@ def check_upsampling(mode: str) -> Upsampling:
         if mode == known:
             return known
     raise ValueError(f"unknown upsampling {mode!r}. Known: {', '.join(get_args(Upsampling))}")
+
+
+def checked_width(width: int) -> int:
+    """`width`; ValueError where it is below 1."""
+    if width < 1:
+        raise ValueError(f"width is {width}; it must be at least 1")
+    return width

@@ -7,6 +7,7 @@ arXiv:1511.02680. What the papers leave open follows the authors' published laye
 import difflib
 from collections.abc import Sequence
 
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from perpixel.models.encoders import EncoderWeights
@@ -150,7 +151,7 @@ def segnet(
     Raises:
         ValueError: for another encoder, and for weights that do not belong to it.
     """
-    name = encoder.split(".")[0]  # timm's names may have a tag, which says where weights come from
+    name, _ = split_model_name_tag(encoder)
     if name not in VGG_FAMILY:
         close = difflib.get_close_matches(encoder, VGG_FAMILY, n=1, cutoff=0.8)
         hint = f" Did you mean {close[0]!r}?" if close else ""

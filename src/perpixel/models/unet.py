@@ -11,6 +11,7 @@ from perpixel.models.layers import (
     Upsampling,
     center_crop,
     check_upsampling,
+    checked_width,
     double_convolution,
     initialise,
     resize,
@@ -90,9 +91,7 @@ def unet_release_paper(classes: int, in_channels: int = 1, width: int = 64, drop
 
 
 def _unpadded(classes: int, in_channels: int, width: int, dropout: float, release: bool) -> SegmentationModel:
-    if width < 1:
-        raise ValueError(f"width is {width}; it must be at least 1")
-    encoder = UNetPath(in_channels, width, padding=0, batch_norm=False, dropout=dropout)
+    encoder = UNetPath(in_channels, checked_width(width), padding=0, batch_norm=False, dropout=dropout)
     decoder = UNetPaperDecoder(encoder.channels, classes, release)
     initialise(encoder)
     initialise(decoder)
