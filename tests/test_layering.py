@@ -23,7 +23,7 @@ ARROWS = {
     "optimisation": {"models", "recipe"},
     "check": {"check_report", "data"},
     "check_report": {"check"},
-    "plan": {"check", "losses", "models", "recipe"},
+    "plan": {"check", "losses", "models", "optimisation", "recipe"},
     "weighting": {"check", "losses"},
     "scores": {"metrics"},
     "score_tables": {"evaluate", "metrics"},

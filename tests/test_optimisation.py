@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perpixel.models import build
-from perpixel.optimisation import Average, Clock, learning_rate, make_optimizer, validation_seconds
+from perpixel.optimisation import ENDING, Average, Clock, learning_rate, make_optimizer, validation_seconds
 from perpixel.recipe import TrainSection
 
 
@@ -117,6 +117,24 @@ def test_by_steps_validations_are_due_by_the_step_alone(monkeypatch):
             at.append(step)
             clock.validated(1e6)
     assert at == [5, 10, 15]
+
+
+def test_the_time_left_by_steps_counts_the_validations_to_come_and_the_end(monkeypatch):
+    """20 steps of 2 s, a validation of 30 s after each fifth, and three times one at the end: told from the second step on."""
+    world = SimpleNamespace(now=1000.0)
+    world.monotonic = lambda: world.now
+    monkeypatch.setattr("perpixel.optimisation.time", world)
+    clock, rounds, said = Clock(TrainSection(steps=20, validations=4), started=1000.0, before=0.0), 0, {}
+    for step in range(1, 21):
+        world.now += 2 + 50 * (step == 1)  # the first waits for libraries
+        said[step] = (clock.left(step), world.now)
+        clock.expect(30.0)
+        if (due := clock.due(clock.progress(step), rounds)) > rounds:
+            rounds, world.now = due, world.now + 30
+            clock.validated(30.0)
+    end = world.now + ENDING * 30
+    assert math.isnan(said[1][0])
+    assert [left for left, _ in list(said.values())[1:]] == pytest.approx([end - now for _, now in list(said.values())[1:]])
 
 
 def test_a_validation_is_expected_to_take_the_forward_share_of_a_step_by_pixels():

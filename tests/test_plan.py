@@ -15,7 +15,7 @@ from perpixel.data.layouts import Pair
 from perpixel.data.masks import LabelMap
 from perpixel.models import build
 from perpixel.plan import Machine, encoder_of, input_statistics, plan, this_machine
-from perpixel.recipe import Recipe, read_recipe, to_yaml
+from perpixel.recipe import Recipe, merge, read_recipe, to_yaml
 
 GIB = 2**30
 LAPTOP = Machine(cores=4, memory=16 * GIB, gpu=None, gpu_memory=0, bf16=False)
@@ -123,6 +123,31 @@ def test_a_part_that_is_given_wins_over_the_plan(key, machine):
     own = flat(plan(a_check(), machine, {})[0].model_dump())[key]
     if key in reasons and GIVEN[key] != own:
         assert reasons[key].endswith("as you asked")
+
+
+def test_what_a_recipe_or_a_bundle_says_is_not_what_the_person_asked():
+    asked, stated, bundle = {"train": {"batch": 3}}, {"train": {"batch": 5, "lr": 0.5}}, {"model": {"options": {"dropout": 0.9}}}
+    origins = [("as you asked", asked), ("as the recipe says", stated), ("as b has it", bundle)]
+    _, reasons = plan(a_check(), LAPTOP, merge(bundle, stated, asked), origins)
+    assert reasons["train.batch"] == "3 - as you asked"
+    assert reasons["train.lr"] == "0.5 - as the recipe says"
+    _, reasons = plan(a_check(), LAPTOP, {"model": {"encoder": "resnet18", "encoder_weights": None}}, [("as the recipe says", {})])
+    assert reasons["model.encoder"] == "resnet18 - as you asked"
+
+
+@pytest.mark.parametrize("steps", [1, 30, 200, 100_000])
+@pytest.mark.parametrize("images", [20, 400])
+@pytest.mark.parametrize("given", [{}, {"batch_norm_pass": True}])
+def test_by_steps_validations_before_the_last_take_a_quarter_of_the_time_at_most(steps, images, given):
+    """A step of forward and backward passes takes three times the forward passes of as many pixels."""
+    report = a_check(images=images, size=(100, 200))
+    report.pixels["val"] = [20_000 * images // 5]
+    section = plan(report, LAPTOP, {"train": {"steps": steps} | given})[0].train
+    pixels = section.batch * section.crop[0] * section.crop[1]
+    forward = 20_000 * images // 5 / pixels + (images * 0.8 / section.batch if given else 0)
+    assert 1 <= section.validations <= 10
+    assert (section.validations - 1) * forward <= (3 * steps + (section.validations - 1) * forward) / 4
+    assert section.validations == 10 or section.validations * forward > (3 * steps + section.validations * forward) / 4  # nor fewer
 
 
 @pytest.mark.parametrize("hub", [True, False])

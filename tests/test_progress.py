@@ -1,6 +1,7 @@
 """What a run says of itself."""
 
 import io
+import math
 from itertools import islice
 from types import SimpleNamespace
 
@@ -48,3 +49,17 @@ def test_an_end_that_will_take_longer_than_the_minutes_is_said_once_and_early(tm
             log.step(step, 0.1, 1.0, cost=1.0, lr=0.1, left=0)
             log.foresee(240.0)
     assert said.getvalue().count("large for 3 minutes: its last scores will take about 4:00 more than that") == 1
+
+
+def test_a_run_by_steps_tells_once_how_long_it_will_take_and_counts_its_steps(tmp_path, monkeypatch):
+    clock, said = SimpleNamespace(now=50.0), io.StringIO()
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("perpixel.progress.time", clock)
+    with TrainingLog(tmp_path, Console(file=said, width=200), TrainSection(steps=90, batch=2), first_step=0) as log:
+        for step, _ in enumerate(islice(log.waiting(iter(range(9))), 8), start=1):
+            clock.now += 4
+            log.step(step, step / 90, clock.now, cost=1.0, lr=0.1, left=math.nan if step == 1 else 4.0 * (90 - step))
+        log.validated(8, SimpleNamespace(confusion=SimpleNamespace(miou=0.5, pixel_accuracy=0.75), cost=0.25))
+    assert said.getvalue().count("all scores included") == 1
+    assert "step 3 of 90; 5:48 left, all scores included" in said.getvalue()
+    assert "step 8 of 90: cost 1.000; on validation cross-entropy 0.250, mIoU 0.500, pixel accuracy 0.750; 5:28 left" in said.getvalue()

@@ -64,6 +64,11 @@ class Check:
         """The pairs of one split ("train", "val" or "test")."""
         return [pair for pair in self.pairs if pair.split == name]
 
+    @property
+    def validation_pixels(self) -> float:
+        """Pixels of the validation part; about as many as that are ignored count too, since they are predicted."""
+        return sum(self.pixels.get("val", ())) / max(1e-9, 1 - self.ignore_share)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types under stable names; lists and numbers are complete, nothing is shortened as it is for people."""
         return {

@@ -42,8 +42,9 @@ class Clock:
         self.validation = 0.0  # seconds that one takes: expected, then measured
         self.measured = False
         self.rested = time.monotonic()  # since then no validation
+        self.scoring = 0.0  # seconds of all validations
         self.reached = 0.0
-        self.first: tuple[int, float] | None = None
+        self.first: tuple[int, float] | None = None  # the first step of this process, and when it was done
 
     @property
     def elapsed(self) -> float:
@@ -65,7 +66,7 @@ class Clock:
 
     def validated(self, seconds: float) -> None:
         """Notes what a validation took that ended now."""
-        self.measured, self.rested = True, time.monotonic()
+        self.measured, self.rested, self.scoring = True, time.monotonic(), self.scoring + seconds
         self._plan_end(seconds)
 
     def _plan_end(self, validation: float) -> None:
@@ -93,13 +94,17 @@ class Clock:
         return due if rested and fits else rounds
 
     def left(self, step: int) -> float:
-        """Seconds until the end, as far as one can tell."""
+        """Seconds until the end, its scores included, as far as one can tell; by steps nan after the first, slower than the others."""
         if self.section.minutes is not None:
             return max(0.0, 60 * self.section.minutes - self.elapsed)
+        now, steps = time.monotonic(), self.section.steps or 0
         if self.first is None:
-            self.first = (step, time.monotonic())
-        done = max(1, step - self.first[0])
-        return ((self.section.steps or 0) - step) * (time.monotonic() - self.first[1]) / done
+            self.first = (step, now)
+        if step == self.first[0]:
+            return math.nan
+        each = (now - self.first[1] - self.scoring) / (step - self.first[0])
+        due = math.floor(self.progress(step - 1) * self.section.validations)  # that of this step is still to come
+        return (steps - step) * each + (self.section.validations - due - 1 + ENDING) * self.validation
 
 
 def learning_rate(section: TrainSection, progress: float) -> float:

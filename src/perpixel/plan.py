@@ -5,7 +5,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -21,7 +21,8 @@ from perpixel.check import Check
 from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
-from perpixel.recipe import Recipe, check_parts, merge
+from perpixel.optimisation import PAUSE, validation_seconds
+from perpixel.recipe import Recipe, TrainSection, check_parts, merge, value_at
 
 CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
 DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value
@@ -61,34 +62,34 @@ def this_machine() -> Machine:
 class Choices:
     """Values by dotted key, each with its reason; what the user gave wins over what is proposed."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.taken, self.reasons = given, dict[str, Any](), dict[str, str]()
+    def __init__(self, given: Mapping[str, Any], origins: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
+        self.given, self.origins, self.taken, self.reasons = given, origins, dict[str, Any](), dict[str, str]()
+
+    def origin(self, key: str) -> str:
+        """Who gave the value in force."""
+        return next((words for words, parts in self.origins if _has(parts, key)), "as you asked")
 
     def take(self, key: str, proposal: Any, reason: str) -> Any:
         """Settles `key`; returns the value in force."""
-        value, asked = proposal, False
-        node: Any = self.given
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                break
-            node = node[part]
-        else:
-            value, asked = node, True
+        value = value_at(self.given, key) if _has(self.given, key) else proposal
         section: dict[str, Any] = self.taken
         *sections, last = key.split(".")
         for part in sections:
             section = section.setdefault(part, {})
         section[last] = value
-        self.reasons[key] = f"{_words(value)} - {'as you asked' if asked and value != proposal else reason}"
+        self.reasons[key] = f"{_words(value)} - {reason if value == proposal else self.origin(key)}"
         return value
 
 
-def plan(report: Check, machine: Machine, given: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+def plan(
+    report: Check, machine: Machine, given: Mapping[str, Any], origins: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> tuple[Recipe, dict[str, str]]:
     """A full recipe for a data set on a machine.
 
     Args:
         report: of a set that is ready.
         given: parts of a recipe that win over every choice made here.
+        origins: of these parts, in words such as "as the recipe says", the first that holds a key; else it is "as you asked".
 
     Returns:
         The recipe, and for each planned key `value - reason`.
@@ -96,13 +97,14 @@ def plan(report: Check, machine: Machine, given: Mapping[str, Any]) -> tuple[Rec
     Raises:
         ValueError: the parts given do not fit together or have illegal values.
     """
-    choices = Choices(given)
+    choices = Choices(given, origins)
     _plan_data(choices, report)
     _plan_model(choices, report, machine)
     _plan_batches(choices, report, machine)
     _plan_optimisation(choices, report)
     _plan_augmentation(choices, report)
     _plan_length(choices, report)
+    _plan_validations(choices, report)
     parts = merge(given, choices.taken)  # what was given and stands among the choices has won there already
     check_parts(parts, "the recipe")
     return Recipe.model_validate(parts), choices.reasons
@@ -120,21 +122,21 @@ def _plan_data(choices: Choices, report: Check) -> None:
 def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     name = choices.take("model.name", "unet", "the surest choice from few images to many")
     options = signature(MODELS[name]).parameters if name in MODELS else {}  # `build` refuses unknown names
-    weights = _given(choices.given, "model.encoder_weights")
+    weights = value_at(choices.given, "model.encoder_weights")
     if "encoder" not in options:
         if weights:
-            choices.take("model.encoder_weights", weights, "as you asked")
+            choices.take("model.encoder_weights", weights, choices.origin("model.encoder_weights"))
         return
-    stated = _given(choices.given, "model.encoder")  # a resumed run's recipe states it, and needs the file no longer
-    encoder, reason = _propose_encoder(report, machine, weights) if stated is None else (stated, "as you asked")
+    stated = value_at(choices.given, "model.encoder")  # a resumed run's recipe states it, and needs the file no longer
+    encoder, reason = _propose_encoder(report, machine, weights) if stated is None else (stated, choices.origin("model.encoder"))
     default = options["encoder"].default
     if name != "unet" and (encoder == "plain" or (default.startswith("vgg") and not encoder.startswith("vgg"))):
         encoder, reason = default, f"the default of {name}"
     encoder = choices.take("model.encoder", encoder, reason)
     gpu = machine.gpu is not None
-    if _given(choices.given, "model.start_from"):
+    if value_at(choices.given, "model.start_from"):
         return  # the bundle's model has its options
-    if _given(choices.given, "model.options.variant") == "smp":
+    if value_at(choices.given, "model.options.variant") == "smp":
         options = {}  # the layout of checkpoints: nothing of it is open
     if "stage_scores" in options:
         choices.take("model.options.stage_scores", True, "what coarse maps know reaches the logits directly: learns many times sooner")
@@ -146,7 +148,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         why = "published weights are downloaded" if online else "no hub can be reached: from scratch"
         choices.take("model.encoder_weights", True if online else None, why)
     else:
-        choices.take("model.encoder_weights", weights, "as you asked")
+        choices.take("model.encoder_weights", weights, choices.origin("model.encoder_weights"))
     strides = _strides(encoder)
     if not gpu and "decoder_channels" in options and (len(strides) == 5 or strides == [2, 4, 8, 16]):
         choices.take(
@@ -237,7 +239,7 @@ def _plan_batches(choices: Choices, report: Check, machine: Machine) -> None:
     choices.take("train.batch", *_batch(machine))
     choices.take("train.precision", "bf16-mixed" if machine.bf16 else "32-true", f"this machine: {machine.words}")
     values = sum(height * width * count for (height, width), count in report.sizes.items())
-    weighed = 4 if _given(choices.given, "train.border_weights") else 0  # a float32 for each pixel
+    weighed = 4 if value_at(choices.given, "train.border_weights") else 0  # a float32 for each pixel
     decoded = values * (report.bands * DEPTH[report.dtype] + (1 if len(report.classes) <= 255 else 2) + weighed)
     fits = decoded < machine.memory / 4
     choices.take("train.cache", fits, f"decoded, the set takes {decoded / 2**30:.2f} of {machine.memory / 2**30:.0f} GiB")
@@ -283,19 +285,19 @@ def _strides(encoder: str) -> list[int]:
 
 def _plan_optimisation(choices: Choices, report: Check) -> None:
     model = choices.taken["model"]
-    pretrained = bool(model.get("encoder_weights") or _given(choices.given, "model.start_from"))
+    pretrained = bool(model.get("encoder_weights") or value_at(choices.given, "model.start_from"))
     mean, std, reason = input_statistics(model.get("encoder", ""), model.get("encoder_weights"), report)
     for key, proposal in (("mean", mean), ("std", std)):
         value = choices.take(f"data.{key}", proposal, reason)
         if isinstance(value, list) and len(value) == 1:  # as a recipe for images of any kind states it
             choices.taken["data"][key] = value * report.bands
-    sgd = _given(choices.given, "train.optimizer") == "sgd"
+    sgd = value_at(choices.given, "train.optimizer") == "sgd"
     rate = 0.01 if sgd else 0.004 if pretrained else 0.02
     choices.take("train.lr", rate, "SGD with momentum" if sgd else "AdamW with a cosine to zero; short runs need a high rate")
     choices.take("train.warmup", 0.04, "settles batch norm and the new layers")
     scale = 0.02 if pretrained else 1.0
     choices.take("train.encoder_lr_scale", scale, "the encoder is trained already" if pretrained else "the encoder learns from scratch")
-    few = choices.taken["train"]["batch"] < 16 and not _given(choices.given, "train.batch_norm_pass")
+    few = choices.taken["train"]["batch"] < 16 and not value_at(choices.given, "train.batch_norm_pass")
     why = "the encoder's statistics are better than those of so few crops" if pretrained and few else "statistics of the batches"
     choices.take("train.freeze_batch_norm", bool(pretrained and few), why)
     if "segnet" in model["name"] and choices.taken["train"]["freeze_batch_norm"] != "all":
@@ -305,7 +307,7 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     uneven = min(shares) < 0.1 / len(shares)
     rare = f"the rarest class has {100 * min(shares):.2g} % of the pixels"
     terms, why = [{"name": "cross_entropy", "weight": 1.0}], "a sum over pixels is for cross-entropy alone"
-    if _given(choices.given, "train.loss_reduction") != "sum":
+    if value_at(choices.given, "train.loss_reduction") != "sum":
         terms, why = [*terms, {"name": "lovasz_softmax", "weight": 0.5}], "Lovasz-softmax raises IoU, cross-entropy keeps the scores honest"
     loss = choices.take("train.loss", terms, why)
     if any(term["name"] in PIXEL_LOSSES for term in loss):
@@ -340,28 +342,34 @@ def _plan_augmentation(choices: Choices, report: Check) -> None:
 
 
 def _plan_length(choices: Choices, report: Check) -> None:
-    given = {key: _given(choices.given, f"train.{key}") for key in ("steps", "minutes")}
+    given = {key: value_at(choices.given, f"train.{key}") for key in ("steps", "minutes")}
     batch, images = choices.taken["train"]["batch"], len(report.split("train"))
     for key, value in given.items():
         if value is not None:
-            choices.take(f"train.{key}", value, "as you asked")
+            choices.take(f"train.{key}", value, choices.origin(f"train.{key}"))
     if not any(given.values()):
         steps = math.ceil(min(20_000, max(400, 60 * images / batch)))
         choices.taken["train"]["steps"] = steps
         choices.reasons["train.steps"] = f"{steps} - {steps * batch / images:.0f} passes over {images} images"
 
 
+def _plan_validations(choices: Choices, report: Check) -> None:
+    """As many as take a quarter of the time at most; where the run ends by minutes, its clock sees to that."""
+    taken = merge(choices.given.get("train") or {}, choices.taken["train"])
+    if not (steps := taken.get("steps")):
+        return
+    check_parts({"train": taken}, "the recipe")
+    updates = validation_seconds(1.0, TrainSection.model_validate(taken), report.validation_pixels, len(report.split("train")))
+    most = TrainSection.model_fields["validations"].default
+    number = min(most, 1 + int(steps / max(1e-9, PAUSE * updates)))  # the last follows the last update
+    why = f"one takes as long as {max(1, round(updates))} update{'s' * (updates >= 1.5)}"
+    choices.take("train.validations", number, why if number < most else "the best weights of so many are kept")
+
+
 def _has(given: Mapping[str, Any], key: str) -> bool:
     *sections, last = key.split(".")
-    section = _given(given, ".".join(sections))
+    section = value_at(given, ".".join(sections))
     return isinstance(section, Mapping) and last in section
-
-
-def _given(given: Mapping[str, Any], key: str) -> Any:
-    node: Any = given
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def _words(value: Any) -> str:

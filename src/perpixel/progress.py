@@ -18,6 +18,7 @@ from perpixel.recipe import TrainSection
 T = TypeVar("T")
 COLUMNS = ("step", "seconds", "images_per_second", "lr", "cost", "val_cross_entropy", "val_miou", "val_pixel_accuracy")
 EVERY = 20  # steps between rows of metrics.csv
+SETTLED, WORTH_TELLING = 10.0, 60.0  # seconds of steps after which the time left of a run is told, once, where it is more than that
 
 
 class TrainingLog:
@@ -38,7 +39,8 @@ class TrainingLog:
         self.fastest = math.inf  # seconds of the fastest step, waiting left out
         self.scoring, self.rounds = 0.0, 0  # seconds of validations while training, and their number
         self.end_began, self.end, self.total = math.nan, 0.0, 0.0  # when the end began; seconds of it; of all
-        self.foreseen = False
+        self.foreseen = self.told = False
+        self.left = math.nan  # seconds until the end, as far as one can tell
         self.costs, self.miou = list[float](), math.nan
         self.first_step = self.last_step = first_step
         self.latest = dict.fromkeys(("seconds", "images_per_second", "lr", "cost"), math.nan)
@@ -75,12 +77,15 @@ class TrainingLog:
         self.fastest = min(self.fastest, spent - (self.came - self.asked))
         self.waited, self.stepping = self.waited + self.came - self.asked, self.stepping + spent
         speed = len(self.costs) * self.section.batch / max(1e-9, self.busy)
-        of = f" of {self.section.steps}" if self.section.steps else ""
+        self.left = left
         miou = "" if math.isnan(self.miou) else f"   val mIoU {self.miou:.3f}"
-        text = f"step {step}{of}   {speed:.1f} images/s   cost {cost:.3f}{miou}   {_clock(left)} left"
+        text = f"step {self._of(step)}   {speed:.1f} images/s   cost {cost:.3f}{miou}{self._left('   ')}"
         self.bar.update(self.task, completed=progress, description="training", text=text)
         self.last_step = step
         self.latest = {"seconds": seconds, "images_per_second": speed, "lr": lr, "cost": sum(self.costs) / len(self.costs)}
+        if self.section.steps and not self.told and self.stepping > SETTLED and left > WORTH_TELLING:
+            self.told = True
+            self.console.print(f"[dim]step {self._of(step)}{self._left()}, all scores included[/]", soft_wrap=True)
         if step % EVERY == 0:
             self._row(step, self.latest)
             self.costs, self.busy = [], 0.0
@@ -96,7 +101,7 @@ class TrainingLog:
         scores = {"val_cross_entropy": result.cost, "val_miou": self.miou, "val_pixel_accuracy": accuracy}
         self._row(step, self.latest | scores)
         words = f"cross-entropy {result.cost:.3f}, mIoU {self.miou:.3f}, pixel accuracy {accuracy:.3f}"
-        self.console.print(f"step {step}: cost {self.latest['cost']:.3f}; on validation {words}")
+        self.console.print(f"step {self._of(step)}: cost {self.latest['cost']:.3f}; on validation {words}{self._left()}", soft_wrap=True)
         self.bar.update(self.task, description="training")
 
     def validated_for(self, seconds: float) -> None:
@@ -121,6 +126,12 @@ class TrainingLog:
     def ended(self, total: float) -> None:
         """Notes that all is done, `total` seconds after the call of the command."""
         self.end, self.total = time.monotonic() - self.end_began, total
+
+    def _of(self, step: int) -> str:
+        return f"{step} of {self.section.steps}" if self.section.steps else str(step)
+
+    def _left(self, between: str = "; ") -> str:
+        return "" if math.isnan(self.left) else f"{between}{_clock(self.left)} left"
 
     def _spent(self) -> str:
         """Where the time went."""

@@ -226,6 +226,14 @@ def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def value_at(parts: Mapping[str, Any], key: str) -> Any:
+    """The value that nested mappings have at a dotted key; None where they have none."""
+    node: Any = parts
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
 def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any], at: str = "") -> list[str]:
     """Dotted keys at which two nested mappings differ."""
     found: list[str] = []

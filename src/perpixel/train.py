@@ -21,7 +21,7 @@ from perpixel.data.masks import LabelMap
 from perpixel.optimisation import Clock, learning_rate, validation_seconds
 from perpixel.plan import plan, this_machine
 from perpixel.progress import TrainingLog
-from perpixel.recipe import Recipe, TrainSection, differing_keys, merge, read_recipe, read_settings, to_yaml
+from perpixel.recipe import Recipe, TrainSection, differing_keys, merge, read_recipe, read_settings, to_yaml, value_at
 from perpixel.run import Run, write_text
 
 SAVE_EVERY = 60.0  # seconds between checkpoints, so that a kill costs a minute at most
@@ -75,7 +75,8 @@ def train(
     if not resume and (out / "resume.safetensors").exists():
         raise ValueError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder.")
     stated, asked = _stated(recipe, fast), read_settings(settings)
-    given = merge(stated, asked, _length(steps, minutes, asked.get("train", {})))
+    asked = merge(asked, _length(steps, minutes, asked.get("train", {})))
+    given, origins = merge(stated, asked), [("as you asked", asked), ("as the recipe says", stated)]
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
         given = _resumed(out / "recipe.yaml", given, asked)
@@ -85,14 +86,16 @@ def train(
         if asked.get("model", {}).get("encoder_weights"):
             raise ValueError("model.start_from and model.encoder_weights both say where the encoder starts; give one of them")
         card = read_card(Path(start), read_tensors(Path(start))[1])
-        given = merge(_of_bundle(card), given, {"model": {"encoder_weights": None}})
+        own = _of_bundle(card)
+        given = merge(own, given, {"model": {"encoder_weights": None}})
+        origins.append((f"as {start} has it", own))
     if resume and not resumed:
         console.print(f"nothing to resume in {escape(str(out))}: a new run starts there", soft_wrap=True)
     report = _checked(images, masks, classes, labels, given.get("data", {}), console)
     if start:
         given = _fitting(given, start, card, report, console)
     given = merge(given, {"data": {"images": str(images), "masks": None if masks is None else str(masks)}})
-    full, reasons = plan(report, this_machine(), given)
+    full, reasons = plan(report, this_machine(), given, origins)
     if not resumed:
         _announce(report, reasons, asked, console)
     return fit(full, report, out, console, started, None if resumed else reasons)
@@ -115,7 +118,6 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
-    pixels = sum(report.pixels.get("val", ())) / max(1e-9, 1 - report.ignore_share)  # ignored ones are predicted too
     if place.finished:
         return Outcome(out, recipe, place.step, place.best_step, place.scores)
     with TrainingLog(out, console, section, place.step, writes=fabric.is_global_zero) as log:
@@ -128,7 +130,7 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
             place.step, place.seconds = place.step + 1, clock.elapsed
             after = fabric.broadcast(clock.progress(place.step))
             log.step(place.step, after, place.seconds, value, rate, clock.left(place.step))
-            clock.expect(validation_seconds(log.fastest, section, pixels, len(run.train_images)))
+            clock.expect(validation_seconds(log.fastest, section, report.validation_pixels, len(run.train_images)))
             log.foresee(clock.overrun)
             due = fabric.broadcast(clock.due(after, place.rounds))
             if due > place.rounds:
@@ -272,4 +274,4 @@ def _announce(report: Check, reasons: Mapping[str, str], settings: Mapping[str, 
         console.print(f"[cyan]{key}[/]  {escape(reason)}", soft_wrap=True)
     for key in differing_keys(settings, {}):
         if not any(known == key or known.startswith(f"{key}.") for known in reasons):
-            console.print(f"[cyan]{key}[/]  as you asked", soft_wrap=True)
+            console.print(f"[cyan]{key}[/]  {escape(str(value_at(settings, key)))} - as you asked", soft_wrap=True)
