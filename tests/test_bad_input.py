@@ -494,7 +494,7 @@ def test_a_file_that_is_no_bundle_of_ours_is_refused_before_anything_is_read_or_
     [
         ("model:\n  encodr: resnet34\n", "my.yaml: model.encodr: unknown key; did you mean 'encoder'?"),
         ("trian:\n  steps: 3\n", "my.yaml: trian: unknown key; did you mean 'train'?"),
-        ("train:\n  lr: fast\n", "my.yaml: train.lr: input should be a valid number"),
+        ("train:\n  lr: fast\n", "my.yaml: train.lr is 'fast'; legal is a number"),
         ("train: [", "my.yaml: not valid YAML"),
     ],
 )

@@ -303,6 +303,20 @@ def test_a_file_of_weights_decides_the_encoder_and_its_input(tmp_path):
     assert input_statistics("plain", None, report)[:2] == (report.mean, report.std)
 
 
+def test_a_file_that_holds_no_weights_is_blamed_itself_and_not_the_encoder_of_its_name(tmp_path):
+    for name in ("photo.jpg", "resnet18.pth", "resnet18.safetensors"):
+        (tmp_path / name).write_text("<html>")
+        with pytest.raises(ValueError, match=rf"{name}: it holds a web page"):
+            plan(a_check(), LAPTOP, {"model": {"encoder_weights": str(tmp_path / name)}})
+
+
+def test_a_file_whose_name_is_no_encoder_s_is_taken_for_the_usual_one(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    recipe, reasons = plan(a_check(), LAPTOP, {"model": {"encoder_weights": str(tmp_path / "mine.safetensors")}})
+    assert recipe.model.encoder == plan_module.PHOTO_ENCODER["cpu"]
+    assert "mine.safetensors does not say which encoder" in reasons["model.encoder"]
+
+
 def test_torchvision_s_squeezenet_is_known_by_its_file_and_wants_imagenet_s_mean(tmp_path):
     """By the file's metadata, or by the name that torchvision gives it, a digest of its content included."""
     stated, named = tmp_path / "weights.safetensors", tmp_path / "squeezenet1_0-b66bff10.safetensors"

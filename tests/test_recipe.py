@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from itertools import product
 
 import pytest
 import yaml
@@ -23,9 +24,46 @@ def test_a_misspelt_key_in_a_list_of_losses_is_found_too(tmp_path):
         read_recipe(path)
 
 
-def test_an_illegal_value_says_what_came_and_what_is_legal():
-    with pytest.raises(ValueError, match=r"--set: train\.lr: input should be greater than 0, got -1"):
-        read_settings(["train.lr=-1"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.lr=-1", "train.lr is -1; legal is more than 0"),
+        ("train.lr=fast", "train.lr is 'fast'; legal is a number"),
+        ("train.lr=null", "train.lr is null; legal is a number"),
+        ("train.steps=1.5", "train.steps is 1.5; legal is a whole number"),
+        ("train.report=maybe", "train.report is 'maybe'; legal is true or false"),
+        ("train.augment.hue=0.7", "train.augment.hue is 0.7; legal is 0.5 or less"),
+        ("train.optimizer=adm", "train.optimizer is 'adm'; legal is 'adamw' or 'sgd'"),
+        ("model.name=3", "model.name is 3; legal is text"),
+        ("train.crop=64", "train.crop is 64; legal is a list: [a, b]"),
+        ("train.crop=[1]", "train.crop is [1]; value number 2 is missing"),
+        ("train.crop=[1, 2, 3]", "train.crop is [1, 2, 3]; legal is 2 values, not 3"),
+        ("train.loss=[{weight: 2}]", "train.loss.0 is {'weight': 2}; the key 'name' is missing"),
+        ("train=3", "train is 3; legal is a section, with keys such as 'steps'"),
+        ("predict.overlap=x", "predict.overlap is 'x'; legal is a whole number or 'exact'"),
+        ("train.class_weights=[-1]", "train.class_weights.0 is -1; legal is 0 or more"),
+        ("train.class_weights=[.inf]", "train.class_weights.0 is inf; legal is a finite number"),
+    ],
+)
+def test_an_illegal_value_says_in_one_line_what_came_and_what_is_legal(setting, message):
+    with pytest.raises(ValueError) as told:
+        read_settings([setting])
+    assert str(told.value) == f"--set: {message}"
+
+
+def test_no_key_answers_a_value_of_another_kind_in_the_words_of_pydantic():
+    """Eight values for each key of every section."""
+    places = {"OptionsSection": "model.options", "AugmentSection": "train.augment", "LossTerm": "train.loss"}
+    told = []
+    for section, content in Recipe.model_json_schema()["$defs"].items():
+        name = places.get(section, section.removesuffix("Section").lower())
+        for key, value in product(content["properties"], ("text", "3", "-1", "1.5", "true", "null", "[]", "{a: 1}")):
+            try:
+                read_settings([f"{name}=[{{{key}: {value}}}]" if section == "LossTerm" else f"{name}.{key}={value}"])
+            except ValueError as error:
+                told += str(error).splitlines()
+    assert len(told) > 100
+    assert [text for text in told if "should" in text or not re.search(r"; legal is|is missing$|: unknown key;", text)] == []
 
 
 @pytest.mark.parametrize(("text", "message"), [("- 1\n", "mapping"), ("a: [", "not valid YAML"), ("3", "mapping")])

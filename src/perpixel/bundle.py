@@ -24,7 +24,7 @@ from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
-from perpixel.models.encoders import fit_bands
+from perpixel.models.encoders import fit_bands, is_pickled
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
 
@@ -249,16 +249,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except PermissionError:
         raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner") from None
     except (SafetensorError, OSError) as error:
-        pickled = "it looks like a pickle, which perpixel never executes"
-        why = pickled if _looks_pickled(path) else f"it is damaged or cut short ({error})"
+        with path.open("rb") as file:
+            pickled = is_pickled(file.read(4))
+        why = "it looks like a pickle, which perpixel never executes" if pickled else f"it is damaged or cut short ({error})"
         raise ValueError(f"{path}: not a bundle: {why}. {WRITTEN}") from None
-
-
-def _looks_pickled(path: Path) -> bool:
-    """A pickle of protocol 2 or later, or the zip archive of pickles that torch.save writes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def read_card(path: Path, metadata: Mapping[str, str]) -> Card:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from perpixel.check import Check
 from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
+from perpixel.models.encoders import read_weights
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
 from perpixel.optimisation import PAUSE, validation_seconds
 from perpixel.recipe import Recipe, TrainSection, check_parts, merge, value_at
@@ -159,11 +160,15 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
 
 
 def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str, str]:
+    photo = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"]
     if isinstance(weights, str):
         if not Path(weights).is_file():
             raise ValueError(f"model.encoder_weights: {weights}: no such file. Give a .safetensors or .pth file, true (download) or null.")
-        return encoder_of(Path(weights)), f"the encoder that {Path(weights).name} was made for"
-    photo = PHOTO_ENCODER["cuda" if machine.gpu else "cpu"]
+        read_weights(Path(weights))  # refuses a file of another kind, whose name says nothing
+        name = encoder_of(Path(weights))
+        if name in TRUNKS or timm.is_model(name):
+            return name, f"the encoder that {Path(weights).name} was made for"
+        return photo, f"the usual one: {Path(weights).name} does not say which encoder it was made for"
     if report.bands != 3 or report.dtype != "uint8":
         return "plain", f"{report.bands} band{'s' * (report.bands != 1)} of {report.dtype} are no photographs: the U-Net path, from scratch"
     if weights or (weights is None and _hub_is_reachable()):

@@ -253,7 +253,7 @@ def check_parts(parts: Mapping[str, Any], source: str) -> None:
     try:
         Recipe.model_validate(parts)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+        raise ValueError("\n".join(f"{source}: {told}" for told in _explain(error))) from None
 
 
 def to_yaml(recipe: Recipe, reasons: Mapping[str, str] | None = None) -> str:
@@ -276,15 +276,57 @@ def _number_or_yaml(value: str) -> Any:
     return parsed
 
 
-def _explain(problem: Any) -> str:
-    """One pydantic problem in our words: the dotted key, what came, what is legal."""
-    where = [str(part) for part in problem["loc"] if "[" not in str(part)]  # pydantic's names of the kinds a value may be of
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        legal = _keys(where[:-1])
-        nearest = _nearest(where[-1], legal) or _elsewhere(where[-1])
-        return f"{key}: unknown key;" + (nearest.replace("Did", "did") if nearest else f" known: {', '.join(legal)}")
-    return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"
+# What is legal, by pydantic's name of the problem; its fields are of the problem's context.
+_LEGAL = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "string_type": "text",
+    "literal_error": "{expected}",
+    "list_type": "a list: [a, b]",
+    "tuple_type": "a list: [a, b]",
+    "too_long": "{max_length} values, not {actual_length}",
+    "dict_type": "a section",
+    "model_type": "a section, with keys such as '{first}'",
+}
+_KINDS = ("bool", "str", "constrained-int")  # pydantic's names of the kinds a value may be of, beside those with brackets
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """Pydantic's problems in our words, one line a key: the dotted key, what came, what is legal."""
+    told: dict[str, str] = {}
+    legal: dict[str, list[str]] = {}  # of a value of several kinds there is a problem for each
+    for problem in error.errors():
+        given, kind = problem["input"], problem["type"]
+        context = {name: int(x) if isinstance(x, float) and x.is_integer() else x for name, x in problem.get("ctx", {}).items()}
+        unknown = kind == "extra_forbidden"
+        where = [str(part) for part in problem["loc"] if unknown or not ("[" in str(part) or part in _KINDS)]
+        key = ".".join(where)
+        if unknown:
+            known = _keys(where[:-1])
+            nearest = _nearest(where[-1], known) or _elsewhere(where[-1])
+            told[key] = f"{key}: unknown key;" + (nearest.replace("Did", "did") if nearest else f" known: {', '.join(known)}")
+        elif kind == "missing":
+            what = f"value number {int(where[-1]) + 1}" if where[-1].isdigit() else f"the key '{where[-1]}'"
+            told[key] = f"{'.'.join(where[:-1])} is {given!r}; {what} is missing"
+        elif kind == "value_error":
+            told[key] = f"{key}: {context['error']}"
+        else:
+            words = _LEGAL[kind].format(**context, first=_keys(where)[0]) if kind in _LEGAL else problem["msg"].lower()
+            legal.setdefault(key, []).append(words)
+            shown = str(given).lower().replace("none", "null") if given is None or isinstance(given, bool) else repr(given)
+            told[key] = f"{key} is {shown}; legal is {' or '.join(legal[key])}"
+    return [text for key, text in told.items() if not (key in legal and any(other.startswith(f"{key}.") for other in told))]
 
 
 def _keys(where: Sequence[str]) -> list[str]:

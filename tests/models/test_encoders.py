@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from perpixel.models import build
@@ -78,6 +79,11 @@ def test_weights_of_another_network_are_refused_by_name(whole, tmp_path):
         timm_encoder("resnet18", weights=path)
 
 
+def test_a_bundle_in_place_of_an_encoder_s_weights_is_told_where_it_belongs(make_bundle):
+    with pytest.raises(ValueError, match=r"model\.safetensors: a whole model of perpixel.*--set model\.start_from=BUNDLE"):
+        timm_encoder("resnet18", weights=make_bundle())
+
+
 @pytest.mark.parametrize(("change", "message"), [("lacks", "lacks conv_stem.weight"), ("foreign", "foreign extra"), ("shape", "has shape")])
 def test_a_file_with_one_wrong_tensor_is_refused(whole, tmp_path, change, message):
     state = dict(whole.state_dict())
@@ -103,13 +109,24 @@ def test_files_that_are_no_weights_are_refused_by_name(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     save_file({"a": torch.zeros(100)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-50])
-    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "saved.safetensors")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "note.pth").write_text("hello")
+    for suffix in ("pth", "safetensors"):
+        (tmp_path / f"empty.{suffix}").write_bytes(b"")
+        (tmp_path / f"page.{suffix}").write_text("<!DOCTYPE html><html>not found</html>")
     messages = {
         "pickle.pth": "not executed",
         "trap.pth": "not executed",
         "list.pth": "no plain dictionary",
         "cut.safetensors": "damaged",
-        "empty.pth": "damaged",
+        "saved.safetensors": r"name it \.pth",
+        "photo.jpg": "no file of weights",
+        "note.pth": "no file of weights",
+        "empty.pth": "the file is empty",
+        "empty.safetensors": "the file is empty",
+        "page.pth": "a web page",
+        "page.safetensors": "a web page",
         "absent.pth": "no such file",
     }
     for name, message in messages.items():

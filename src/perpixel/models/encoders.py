@@ -144,16 +144,38 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file; encoder_weights takes a .safetensors or .pth file, true (download) or none: {NO_WEIGHTS}")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: not a file of tensors only; anything else is refused, not executed. Save model.state_dict()") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or no .safetensors or .pth file ({_first_line(error)}); fetch it again") from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: {_why_unread(path, error)}") from error
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds no plain dictionary of tensors; save model.state_dict()")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    """What is wrong with a file of weights, by its first bytes."""
+    if isinstance(error, OSError):
+        return f"can't be read ({error.strerror or error})"
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        return "the file is empty; fetch it again"
+    if head.lstrip().startswith(b"<"):
+        return "it holds a web page, no weights; fetch the file itself"
+    if is_pickled(head) and path.suffix == ".safetensors":
+        return "written by torch.save, so no .safetensors file; name it .pth"
+    if is_pickled(head) and isinstance(error, pickle.UnpicklingError):
+        return "not a file of tensors only; anything else is refused, not executed. Save model.state_dict()"
+    if not is_pickled(head) and path.suffix != ".safetensors":
+        return "no file of weights; give a .safetensors file, or a .pth file as torch.save writes it"
+    return f"damaged or cut short ({_first_line(error)}); fetch it again"
+
+
+def is_pickled(head: bytes) -> bool:
+    """Whether a file begins as a pickle of protocol 2 or later, or as the zip archive of pickles that torch.save writes."""
+    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def batch_norm_is_folded(state: Mapping[str, Tensor]) -> bool:
@@ -220,9 +242,17 @@ def load_timm(network: nn.Module, state: Mapping[str, Tensor], source: str, name
     if extra:
         legal = _whole_network_keys(name)
         extra = [key for key in extra if _flat(key) not in legal]
+    if missing and {key.partition(".")[0] for key in state} == {"encoder", "decoder"}:
+        raise ValueError(
+            f"{source}: a whole model of perpixel, not the weights of encoder {name!r} alone. A training goes on from such a bundle with "
+            "--set model.start_from=BUNDLE"
+        )
     if missing or extra:
         parts = [f"{what} {_some(keys)}" for what, keys in (("lacks", missing), ("has the foreign", extra)) if keys]
-        raise ValueError(f"{source}: not the weights of encoder {name!r}: it {' and '.join(parts)}. Give the file made for {name!r}")
+        raise ValueError(
+            f"{source}: not the weights of encoder {name!r}: it {' and '.join(parts)}. Give the file made for {name!r}, or the name of the "
+            "encoder that this one was made for (in a command --set model.encoder=NAME)"
+        )
     fitted = {key: fit_bands(given[_flat(key)], value, f"{source}: {key}") for key, value in own.items() if _flat(key) in given}
     network.load_state_dict(fitted, strict=False)
 
