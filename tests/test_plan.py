@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -148,6 +149,15 @@ def test_by_steps_validations_before_the_last_take_a_quarter_of_the_time_at_most
     assert 1 <= section.validations <= 10
     assert (section.validations - 1) * forward <= (3 * steps + (section.validations - 1) * forward) / 4
     assert section.validations == 10 or section.validations * forward > (3 * steps + section.validations * forward) / 4  # nor fewer
+
+
+@pytest.mark.parametrize("encoder", ["mobilenetv2_100", "resnet18"])
+@pytest.mark.parametrize("head", [1, 2, 4, 8, None])
+def test_a_light_decoder_has_as_many_stages_as_the_head_stride_that_is_asked_for_leaves(encoder, head):
+    given = {"model": {"encoder": encoder, "encoder_weights": None, "options": {"head_stride": head}}}
+    options = plan(a_check(), LAPTOP, given)[0].model.options.model_dump()
+    stages = 5 - int(math.log2(head or 1))  # halvings from stride 32
+    assert options["decoder_channels"] == [128, 64, 32, 32, 16][:stages]
 
 
 @pytest.mark.parametrize("hub", [True, False])

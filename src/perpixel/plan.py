@@ -22,6 +22,7 @@ from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
 from perpixel.models.encoders import read_weights
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
+from perpixel.models.unet import decoder_stages
 from perpixel.optimisation import PAUSE, validation_seconds
 from perpixel.recipe import Recipe, TrainSection, check_parts, merge, value_at
 
@@ -152,10 +153,9 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         choices.take("model.encoder_weights", weights, choices.origin("model.encoder_weights"))
     strides = _strides(encoder)
     if not gpu and "decoder_channels" in options and (len(strides) == 5 or strides == [2, 4, 8, 16]):
-        choices.take(
-            "model.options.decoder_channels", [128, 64, 32, 32][: len(strides) - 1], "a light decoder: a processor's time goes further"
-        )
-        choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
+        head = choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
+        light = [128, 64, 32, 32, 16][: len(decoder_stages(strides, head or 1))]
+        choices.take("model.options.decoder_channels", light, "a light decoder: a processor's time goes further")
         choices.take("model.options.dropout", 0.1, "few images")
 
 
