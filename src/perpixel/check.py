@@ -131,7 +131,9 @@ def check(
         ValueError: if no pairs are found at all, the classes can't be read, or `val_fraction` is out of range. Whatever is found in the
             files themselves ends up in `damaged`, `warnings` and `problems` instead.
     """
-    layout = find_layout(images, masks)
+    with python_warnings.catch_warnings(record=True) as found:
+        python_warnings.simplefilter("always")
+        layout = find_layout(images, masks)
     source = classes or layout.classes_file
     known = read_classes(source) if isinstance(source, str | Path) else ClassList(list(source or ()))
     labelled = [pair for pair in split_pairs(layout.pairs, val_fraction, seed) if pair.mask is not None]
@@ -147,7 +149,7 @@ def check(
         python_warnings.simplefilter("always")
         once = list(dict.fromkeys(replace(pair, split=None) for pair in labelled))  # a pair that is alone serves two parts
         sound, faults, counter = survey(once, progress)
-    report.warnings += sorted({str(warning.message) for warning in caught})  # threads give them in any order
+    report.warnings += sorted({str(warning.message) for warning in [*found, *caught]})  # threads give them in any order
     _note_faults(report, faults, len(once))
     by_pair = {reading.pair: reading for reading in sound}
     readings = [replace(by_pair[key], pair=pair) for pair in labelled if (key := replace(pair, split=None)) in by_pair]

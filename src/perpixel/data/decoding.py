@@ -111,14 +111,15 @@ def read_file_palette(path: Path, page: int | None, limit: int) -> np.ndarray | 
 def stack_pages(path: Path) -> list[int]:
     """The pages of a TIFF stack: [] where the file is no TIFF, is damaged, or holds one picture.
 
-    Reduced copies (pyramids) and transparency masks are left out; pages that differ in size are no stack. A stack that was cut
-    off has one page more than can be found, so that reading that one names the damage instead of losing pages silently.
+    Reduced copies (pyramids) and transparency masks are left out; pages that differ in size are no stack, which a warning says.
+    A stack that was cut off has one page more than can be found, so that reading that one names the damage instead of losing
+    pages silently.
     """
     try:
         if not path.is_file() or not is_tiff(path):
             return []
         with tifffile.TiffFile(path) as tiff:
-            return _stack(tiff)
+            return _stack(tiff, path)
     except Exception:  # whatever is wrong with it is told when it is read
         return []
 
@@ -315,14 +316,27 @@ def tiff_is_cut(tiff: tifffile.TiffFile) -> bool:
     return bool(following != 0)
 
 
-def _stack(tiff: tifffile.TiffFile) -> list[int]:
+def _stack(tiff: tifffile.TiffFile, path: Path) -> list[int]:
     pages = [_whole(page) for page in tiff.pages]
     kept = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
-    if len({pages[i].shape for i in kept}) > 1:
+    shapes = dict.fromkeys("x".join(map(str, pages[i].shape)) for i in kept)
+    if len(shapes) > 1:
+        if not _is_pyramid(tiff):
+            sizes = ", ".join(list(shapes)[:4]) + (", ..." if len(shapes) > 4 else "")
+            way = "Write pages of other sizes to files of their own"
+            warnings.warn(f"{path}: its {len(kept)} pages differ in shape ({sizes}); only the first is used. {way}", stacklevel=5)
         return []
     if tiff_is_cut(tiff):
         kept.append(len(pages))
     return kept if len(kept) > 1 else []
+
+
+def _is_pyramid(tiff: tifffile.TiffFile) -> bool:
+    """Whether a vendor's format, such as Aperio's, makes pages the levels of one slide without marking them as reduced."""
+    try:
+        return tiff.series[0].is_pyramidal
+    except Exception:  # tifffile gives up on some descriptions in as many ways; the pages can be read all the same
+        return False
 
 
 def _tiff_palette(page: tifffile.TiffPage) -> np.ndarray | None:
@@ -357,7 +371,7 @@ def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> 
     with tifffile.TiffFile(path) as tiff:
         found = tiff_page(tiff, path, page)
         _refuse_bomb(path, found.imagelength, found.imagewidth, limit)
-        if page is None and (stack := _stack(tiff)):
+        if page is None and (stack := _stack(tiff, path)):
             warnings.warn(f"{path}: holds {len(stack)} pages; only the first is used", stacklevel=4)
         if found.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB):
             return _tiff_by_pillow(path, found.index, limit)
