@@ -282,6 +282,17 @@ def test_labels_never_overwrite_a_sheet_of_a_mosaic_that_is_read(segmenter, tmp_
     assert (tmp_path / "a.tif").read_bytes() == before
 
 
+@pytest.mark.parametrize("format", ["png", "tif", "zarr"])
+def test_names_of_many_bytes_are_predicted_and_one_too_long_for_its_output_is_named(segmenter, tmp_path, out, format):
+    """A file name has at most 255 bytes, of which these characters take three each; temporary names are longer than the outputs'."""
+    long = save(tmp_path / "in" / ("\u6f22" * 83 + ".png"), noise(8, 8, 3))
+    save(tmp_path / "in" / f"{'x' * 251}.png", noise(8, 8, 3))
+    result = predict_files(segmenter, [tmp_path / "in"], out, Task(format=format))
+    assert (out / f"{long.stem}.{format}").exists()
+    assert len(result.written) == (1 if format == "zarr" else 2)
+    assert ["more than the 255 bytes" in message for message in result.damaged.values()] == ([True] if format == "zarr" else [])
+
+
 def test_labels_beside_images_of_another_suffix_are_fine(segmenter, tmp_path):
     save(tmp_path / "photos" / "a.jpg", noise(8, 8, 3))
     assert predict_files(segmenter, [tmp_path / "photos"], tmp_path / "photos").written == [tmp_path / "photos" / "a.png"]
