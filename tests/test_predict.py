@@ -107,6 +107,18 @@ def test_arrays_that_are_no_image_are_refused_with_what_is_legal(segmenter, imag
         segmenter.predict(image)
 
 
+@pytest.mark.parametrize("image", [[[[1, 2, 3]]], Image.new("RGB", (4, 4)), None, np.zeros((4, 4, 3), complex), np.full((4, 4, 3), "a")])
+def test_what_is_no_array_of_real_numbers_is_refused_with_what_is_legal(segmenter, image):
+    with pytest.raises(TypeError, match=r"the image (is a|holds values of type) .*; legal is "):
+        segmenter.predict(image)
+
+
+def test_a_tensor_may_be_half_as_exact_or_part_of_a_computation(segmenter):
+    pixels = torch.from_numpy(noise(3, 9, 9)) / 255
+    expected = segmenter.logits(pixels.bfloat16().float())
+    torch.testing.assert_close(segmenter.logits(pixels.bfloat16().requires_grad_()), expected)
+
+
 def test_the_array_that_was_given_is_left_as_it_was(segmenter):
     pixels = noise(9, 9, 3)
     pixels.flags.writeable = False
