@@ -197,7 +197,27 @@ def test_one_pair_alone_serves_both_parts_and_says_so(tmp_path: Path) -> None:
     assert [pair.split for pair in report.pairs] == ["train", "val"]
     assert report.duplicates == []
     assert sum(report.sizes.values()) == 1
-    assert any("one pair only" in warning for warning in report.warnings)
+    assert any("train and val are the same picture" in warning for warning in report.warnings)
+
+
+def test_one_pair_alone_is_read_and_counted_once(tmp_path: Path) -> None:
+    Image.fromarray(photograph(0)).save(tmp_path / "x.png")
+    Image.fromarray(blocks(0, 1)).save(tmp_path / "x_mask.png")
+    seen: list[int] = []
+    text = printed(check(tmp_path, progress=lambda done, of, name: seen.append(of)))
+    assert seen == [1]
+    assert "1 usable (1 train, 1 val, the same picture)" in text
+    assert "ready to train on 1 image" in text
+
+
+def test_a_pair_of_unequal_sizes_is_explained_once(tmp_path: Path) -> None:
+    Image.fromarray(photograph(0)).save(tmp_path / "x.png")
+    Image.fromarray(blocks(0, 1, size=(12, 16))).save(tmp_path / "x_mask.png")
+    report = check(tmp_path)
+    text = printed(report, width=400)
+    assert "1 of 1 masks have another size than their image" in text
+    assert text.count(report.size_mismatches[str(tmp_path / "x.png")]) == 1
+    assert report.size_mismatches[str(tmp_path / "x.png")] in report.problems[0]  # who sees only the problems is told why
 
 
 def test_two_images_of_which_one_is_damaged_still_train(tmp_path: Path) -> None:

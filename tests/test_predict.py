@@ -107,6 +107,18 @@ def test_arrays_that_are_no_image_are_refused_with_what_is_legal(segmenter, imag
         segmenter.predict(image)
 
 
+@pytest.mark.parametrize("image", [[[[1, 2, 3]]], Image.new("RGB", (4, 4)), None, np.zeros((4, 4, 3), complex), np.full((4, 4, 3), "a")])
+def test_what_is_no_array_of_real_numbers_is_refused_with_what_is_legal(segmenter, image):
+    with pytest.raises(TypeError, match=r"the image (is a|holds values of type) .*; legal is "):
+        segmenter.predict(image)
+
+
+def test_a_tensor_may_be_half_as_exact_or_part_of_a_computation(segmenter):
+    pixels = torch.from_numpy(noise(3, 9, 9)) / 255
+    expected = segmenter.logits(pixels.bfloat16().float())
+    torch.testing.assert_close(segmenter.logits(pixels.bfloat16().requires_grad_()), expected)
+
+
 def test_the_array_that_was_given_is_left_as_it_was(segmenter):
     pixels = noise(9, 9, 3)
     pixels.flags.writeable = False
@@ -280,6 +292,17 @@ def test_labels_never_overwrite_a_sheet_of_a_mosaic_that_is_read(segmenter, tmp_
         with pytest.raises(ValueError, match=r"a\.tif is an input, and what is written for .*a\.vrt would overwrite it"):
             predict_files(segmenter, [tmp_path / "a.vrt"], tmp_path, Task(format="tif"))
     assert (tmp_path / "a.tif").read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["png", "tif", "zarr"])
+def test_names_of_many_bytes_are_predicted_and_one_too_long_for_its_output_is_named(segmenter, tmp_path, out, format):
+    """A file name has at most 255 bytes, of which these characters take three each; temporary names are longer than the outputs'."""
+    long = save(tmp_path / "in" / ("\u6f22" * 83 + ".png"), noise(8, 8, 3))
+    save(tmp_path / "in" / f"{'x' * 251}.png", noise(8, 8, 3))
+    result = predict_files(segmenter, [tmp_path / "in"], out, Task(format=format))
+    assert (out / f"{long.stem}.{format}").exists()
+    assert len(result.written) == (1 if format == "zarr" else 2)
+    assert ["more than the 255 bytes" in message for message in result.damaged.values()] == ([True] if format == "zarr" else [])
 
 
 def test_labels_beside_images_of_another_suffix_are_fine(segmenter, tmp_path):

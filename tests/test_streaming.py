@@ -128,9 +128,10 @@ def test_more_than_255_classes_are_uint16(make_bundle, image, tmp_path):
     assert np.array_equal(found, whole(bundle, image)[0])
 
 
-def test_a_geotiff_keeps_its_place_and_pixels_without_data_are_not_labelled(bundle, tmp_path):
+@pytest.mark.parametrize("shear", [0.0, 2.0])
+def test_a_geotiff_keeps_its_place_and_pixels_without_data_are_not_labelled(bundle, tmp_path, shear):
     rasterio = pytest.importorskip("rasterio")
-    path, place = tmp_path / "map.tif", rasterio.transform.from_origin(500_000, 4_600_000, 10, 10)
+    path, place = tmp_path / "map.tif", rasterio.Affine(10, shear, 500_000, shear / 2, -10, 4_600_000)
     pixels = np.random.default_rng(0).integers(1, 256, (3, *SIZE), dtype=np.uint8)
     pixels[:, :50, :60] = 0
     profile = {"driver": "GTiff", "height": SIZE[0], "width": SIZE[1], "count": 3, "dtype": "uint8", "nodata": 0, "tiled": True}
@@ -142,6 +143,14 @@ def test_a_geotiff_keeps_its_place_and_pixels_without_data_are_not_labelled(bund
         labels = file.read(1)
     assert (labels[:50, :60] == 255).all()
     assert (labels == 255).sum() == 50 * 60
+
+
+def test_a_place_that_an_orientation_takes_is_not_lost_silently(bundle, tmp_path):
+    scale = (33550, 12, 3, (0.5, 0.5, 0.0), True)  # ModelPixelScale
+    orientation = (274, 3, 1, 6, True)
+    tifffile.imwrite(tmp_path / "turned.tif", np.zeros((40, 30, 3), np.uint8), extratags=[scale, orientation], metadata=None)
+    with pytest.warns(UserWarning, match=r"turned\.tif: is not stored as upright rows .* where it lies or what of it is no data is lost"):
+        predict_files(load(bundle, device="cpu"), [tmp_path / "turned.tif"], tmp_path / "out")
 
 
 # ---- interrupted, damaged, full

@@ -136,7 +136,9 @@ def check(
         ValueError: if no pairs are found at all, the classes can't be read, or `val_fraction` is out of range. Whatever is found in the
             files themselves ends up in `damaged`, `warnings` and `problems` instead.
     """
-    layout = find_layout(images, masks)
+    with python_warnings.catch_warnings(record=True) as found:
+        python_warnings.simplefilter("always")
+        layout = find_layout(images, masks)
     source = classes or layout.classes_file
     known = read_classes(source) if isinstance(source, str | Path) else ClassList(list(source or ()))
     labelled = [pair for pair in split_pairs(layout.pairs, val_fraction, seed) if pair.mask is not None]
@@ -150,9 +152,12 @@ def check(
     )
     with python_warnings.catch_warnings(record=True) as caught:
         python_warnings.simplefilter("always")
-        readings, faults, counter = survey(labelled, progress)
-    report.warnings += sorted({str(warning.message) for warning in caught})  # threads give them in any order
-    _note_faults(report, faults, len(labelled))
+        once = list(dict.fromkeys(replace(pair, split=None) for pair in labelled))  # a pair that is alone serves two parts
+        sound, faults, counter = survey(once, progress)
+    report.warnings += sorted({str(warning.message) for warning in [*found, *caught]})  # threads give them in any order
+    _note_faults(report, faults, len(once))
+    by_pair = {reading.pair: reading for reading in sound}
+    readings = [replace(by_pair[key], pair=pair) for pair in labelled if (key := replace(pair, split=None)) in by_pair]
     readings = _of_one_form(report, readings)
     readings = _with_both_parts(readings, layout, val_fraction, seed)
     report.pairs = [reading.pair for reading in readings]
@@ -351,7 +356,7 @@ def _warn(report: Check) -> None:
     say = report.warnings.append
     train, val = report.split("train"), report.split("val")
     if train and [pair.image for pair in train] == [pair.image for pair in val]:
-        say("one pair only: it serves for training and for validation, so the scores say nothing about new images")
+        say("one pair only: train and val are the same picture, so the scores say nothing about new images")
     if report.damaged:
         say(f"{_count(len(report.damaged), 'file')} can't be used: {_some(report.damaged)}")
     if report.unlabelled:

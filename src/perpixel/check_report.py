@@ -22,19 +22,24 @@ def render(report: "Check", console: Console) -> None:
     if report.classes:
         console.print(_class_table(report))
         _label_map(report, console)
+    told: dict[str, str] = {}  # message -> file, of those that are printed
     for title, files in (("Can't be used", report.damaged), ("Sizes differ", report.size_mismatches)):
         if files:
             console.print(f"[bold]{title}[/] ({len(files)})")
             for file, message in list(files.items())[:SHOWN]:
+                told[message] = file
                 console.print(Text(f"  {message if file in message else f'{file}: {message}'}"))
             if len(files) > SHOWN:
                 console.print(f"  and {len(files) - SHOWN} more; --json names them all")
     for text in report.warnings:
         console.print(f"[yellow]![/] {escape(text)}", highlight=False)
     for text in report.problems:
+        for message in told:
+            text = text.replace(message, told[message])  # a problem that quotes it names the file instead
         console.print(f"[bold red]✗[/] {escape(text)}", highlight=False)
     if report.ready:
-        console.print(f"[bold green]✓[/] ready to train on {len(report.split('train'))} images", highlight=False)
+        count = len(report.split("train"))
+        console.print(f"[bold green]✓[/] ready to train on {count} image{'s' * (count != 1)}", highlight=False)
     else:
         count = len(report.problems)
         console.print(f"[bold red]{count} problem{'s' * (count > 1)} to solve before training[/]", highlight=False)
@@ -46,7 +51,9 @@ def _summary(report: "Check", console: Console) -> None:
     grid.add_column(style="bold")
     grid.add_column()
     splits = ", ".join(f"{len(report.split(split))} {split}" for split in report.pixels)
-    grid.add_row("Pairs", f"{len(report.pairs)} usable ({splits}); layout: {escape(report.layout)}" if report.pairs else "none usable")
+    count = len({(pair.image, pair.mask) for pair in report.pairs})
+    splits += ", the same picture" if count < len(report.pairs) == 2 else ""
+    grid.add_row("Pairs", f"{count} usable ({splits}); layout: {escape(report.layout)}" if report.pairs else "none usable")
     if report.sizes:
         grid.add_row("Images", f"{_sizes(report)}, {report.bands} band{'s' * (report.bands != 1)}, {report.dtype}")
         grid.add_row(

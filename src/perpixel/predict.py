@@ -292,8 +292,7 @@ class _Run:
             self.warned_of_faint = True
             warnings.warn(
                 f"{picture}: a 16-bit image whose largest value is about {round(65535 * brightest / full)}, a sixteenth of what 16 bits "
-                "hold; the model was trained on fuller data. If these are 12-bit images, multiply their values by 16, or the labels mean "
-                "little.",
+                "hold; the model was trained on fuller data. If they are 12-bit, multiply their values by 16, or the labels mean little.",
                 stacklevel=2,
             )
 
@@ -344,6 +343,8 @@ class _Run:
         if kind == "zarr" and find_spec("zarr") is None:
             raise _HopelessError(f"{targets['labels']}: writing zarr needs zarr; pip install 'perpixel[zarr]' adds it")
         _refuse_overwriting(picture, targets, self.inputs)
+        if long := [target.name for target in targets.values() if len(os.fsencode(target.name)) > 255]:
+            raise ValueError(f"{picture}: its output {long[0]} would have more than the 255 bytes of a file name; rename the picture")
         return targets
 
     def _write_whole(
@@ -405,7 +406,7 @@ class _Run:
 
     def _is_written(self, picture: Picture) -> bool:
         """Noted among the written ones, where its labels are there."""
-        found = [path for kind in ("png", "tif", "zarr") if (path := self.out / f"{picture.name}.{kind}").exists()]
+        found = [path for kind in ("png", "tif", "zarr") if os.path.exists(path := self.out / f"{picture.name}.{kind}")]
         self.result.written += found[:1]
         return bool(found)
 
@@ -415,7 +416,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     if path.is_dir():
         return [(inside.relative_to(path).as_posix(), inside) for inside in sorted(path.rglob("*")) if inside.is_file()]
     sheets = files_of(path) if path.suffix.lower() in GEO_SUFFIXES else [path, mask_file(path)]
-    return [(file.name, file) for file in sheets if file.exists()]
+    return [(file.name, file) for file in sheets if os.path.exists(file)]  # False where the name is too long
 
 
 class _HopelessError(ValueError):

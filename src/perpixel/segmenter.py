@@ -70,7 +70,8 @@ class Segmenter:
             image: a file; an array (H, W) or (H, W, C); or a tensor (C, H, W); uint8, uint16 or floats 0..1.
 
         Raises:
-            ValueError: unreadable file, or bands that differ from those the model was trained on.
+            ValueError: unreadable file, or bands or values that differ from those the model was trained on.
+            TypeError: neither a path nor an array or tensor of real numbers.
         """
         source, name = _opened(image, self.bundle.card.bands)
         with closing(source):
@@ -220,10 +221,14 @@ def _opened(image: np.ndarray | Tensor | Path | str, bands: int) -> tuple[Source
 
 def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:
     """(C, H, W) from an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
+    if not isinstance(image, np.ndarray | Tensor):
+        legal = "a path, an array (H, W) or (H, W, C), or a tensor (C, H, W)"
+        raise TypeError(f"the image is a {type(image).__name__}; legal is {legal}. Give np.asarray(image) of what holds pixels")
     if isinstance(image, Tensor):
         if image.ndim != 3:
             raise ValueError(f"a tensor image must be (C, H, W), got {tuple(image.shape)}")
-        array = image.cpu().numpy()
+        image = image.detach()
+        array = (image.float() if image.dtype == torch.bfloat16 else image).cpu().numpy()
     elif image.ndim == 2:
         array = image[None]
     elif image.ndim == 3:
@@ -232,6 +237,8 @@ def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:
         raise ValueError(f"an array image must be (H, W) or (H, W, C), got {image.shape}")
     if 0 in array.shape:
         raise ValueError(f"the image has no pixels: its shape is {tuple(image.shape)}")
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"the image holds values of type {array.dtype}; legal is uint8, uint16, bool, or floats from 0 to 1")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if array.dtype not in (np.uint8, np.uint16):

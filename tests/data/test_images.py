@@ -336,18 +336,29 @@ def test_a_stack_cut_off_loses_no_page_silently(tmp_path, compression):
             np.testing.assert_array_equal(page, wanted)
 
 
-def test_a_pyramid_and_pages_of_different_sizes_are_one_picture(tmp_path):
+def test_a_pyramid_is_one_picture_without_a_warning(tmp_path):
+    """Aperio's SVS marks no level, and no thumbnail, as reduced (NewSubfileType 0)."""
     with tifffile.TiffWriter(tmp_path / "pyramid.tif") as tiff:
         tiff.write(RGB, photometric="rgb")
         tiff.write(RGB[::2, ::2], photometric="rgb", subfiletype=1)
-    with tifffile.TiffWriter(tmp_path / "sizes.tif") as tiff:
-        tiff.write(GREY)
-        tiff.write(GREY[:5])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name in ("pyramid.tif", "sizes.tif"):
+    with tifffile.TiffWriter(tmp_path / "slide.svs") as tiff:
+        for side, tile in ((256, (64, 64)), (50, None), (64, (64, 64))):
+            tiff.write(np.zeros((side, side, 3), np.uint8), tile=tile, description="Aperio Image Library v1", metadata=None)
+    with warnings.catch_warnings(action="error"):
+        for name, size in (("pyramid.tif", (13, 17)), ("slide.svs", (256, 256))):
             assert expand(tmp_path / name) == [Picture(tmp_path / name)]
-            assert read_image(tmp_path / name).shape[1:] == (13, 17)
+            assert read_image(tmp_path / name).shape[1:] == size
+
+
+def test_pages_of_other_sizes_are_not_dropped_silently(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "mixed.tif") as tiff:
+        for side in (32, 32, 24):
+            tiff.write(np.zeros((side, 30), np.uint8))
+    message = r"mixed\.tif: its 3 pages differ in shape \(32x30, 24x30\); only the first is used"
+    with pytest.warns(UserWarning, match=message):
+        assert find_pictures([tmp_path]) == [Picture(tmp_path / "mixed.tif")]
+    with pytest.warns(UserWarning, match=message):
+        read_image(tmp_path / "mixed.tif")
 
 
 def test_reduced_copies_between_the_pages_of_a_stack_are_left_out(tmp_path):

@@ -123,6 +123,26 @@ def test_a_class_file_with_colours_decides_which_colour_is_which_class(tmp_path)
     np.testing.assert_array_equal(proposal.label_map(read_mask(tmp_path / "a.png")), LABELS)
 
 
+@pytest.mark.parametrize("first", [0, 15])
+def test_two_values_of_which_one_has_the_void_colour_of_pascal_voc_are_asked_about(tmp_path, first):
+    image = Image.fromarray(np.where(LABELS % 2, 255, first).astype(np.uint8), "L")
+    image.putpalette([channel for color in default_colors(256) for channel in color])
+    (question,) = propose_files(tmp_path, {"a.png": image}).problems
+    assert question.endswith("Say which: --label 255=1, or --label 255=ignore")
+    told = propose_files(tmp_path, {"a.png": image}, overrides={255: 1})
+    assert (values(told), told.problems) == ({first: 0, 255: 1}, ())
+    assert propose_files(tmp_path, {"a.png": image}, overrides={255: IGNORE}).label_map.values[255] == IGNORE
+    named = propose_files(tmp_path, {"a.png": image}, names=["no", "yes"])
+    assert (values(named), named.problems) == ({first: 0, 255: 1}, ())
+
+
+def test_a_palette_too_short_for_the_grey_masks_beside_it_says_nothing_of_their_255(tmp_path):
+    colored = Image.fromarray(LABELS % 2, "L")
+    colored.putpalette([0, 0, 0, 255, 0, 0])
+    grey = Image.fromarray(np.where(LABELS == 4, 255, LABELS % 3).astype(np.uint8))
+    assert values(propose_files(tmp_path, {"a.png": colored, "b.png": grey})) == {0: 0, 1: 1, 2: 2, 255: IGNORE}
+
+
 def test_colours_of_pascal_voc_keep_its_order_and_its_void(tmp_path):
     proposal = propose_files(tmp_path, {"a.png": painted(outlined(LABELS), default_colors(256))}, names=[*NAMES, "frog"])
     assert proposal.problems == ()

@@ -3,7 +3,6 @@
 What the numbers mean (an image's palette colours, a mask's palette indices) is decided in images.py and masks.py.
 """
 
-import contextlib
 import errno
 import logging
 import stat
@@ -17,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from perpixel.data.sixteen_bits import deep_bands, png_depth, ppm_maximum, read_deep, turn_upright
 
 # Only formats that hold pixels: Pillow's others include EPS, which would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -58,7 +59,8 @@ class Header:
 def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -> Stored:
     """The pixels of a file, or of one page of a stack.
 
-    With `as_numbers` a TIFF whose 0 is white (MINISWHITE) is not inverted: in a mask 0 is a class, not a brightness.
+    With `as_numbers` a TIFF whose 0 is white (MINISWHITE) is not inverted, and a PGM not scaled to the full range: in a mask 0 is
+    a class, not a brightness.
 
     Raises:
         PictureError: missing, forbidden, empty, not a picture, damaged, or more than `limit` pixels.
@@ -67,13 +69,29 @@ def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -
         if is_tiff(path):
             return _decode_tiff(path, page, limit, as_numbers)
         _refuse_page(path, page)
-        bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
-            if bits == 16 and color in (2, 4, 6):  # Pillow would keep 8 of 16 bits
-                return Stored(_read_png16(path, limit, color))
+            if deep_bands(image, path):
+                return Stored(_read_deep(path, limit))
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 warnings.warn(f"{path}: holds an animation; only its first picture is used", stacklevel=4)
-            return _from_pillow(image, {2: 85, 4: 17}.get(bits, 1) if color == 0 else 1)
+            maximum = ppm_maximum(image)
+            bits, color = png_depth(path)
+            stored = _from_pillow(image, {2: 85, 4: 17}.get(bits, 1) if color == 0 else 1)
+            return _unscaled(stored, maximum) if as_numbers and maximum else stored
+
+
+def _read_deep(path: Path, limit: int) -> np.ndarray:
+    try:
+        return read_deep(lambda: _open_pillow(path, limit), path)
+    except ImportError:
+        what = "colour of more than 8 bits in JPEG 2000 needs imagecodecs; pip install 'perpixel[tiff]' adds it"
+        raise PictureError(f"{path}: {what}") from None
+
+
+def _unscaled(stored: Stored, maximum: int) -> Stored:
+    """The numbers of a PGM mask, which Pillow has scaled so that `maximum` is white."""
+    full = np.iinfo(stored.pixels.dtype).max
+    return Stored((stored.pixels * (maximum / full)).round().astype(stored.pixels.dtype))
 
 
 def read_header(path: Path, page: int | None, limit: int) -> Header:
@@ -83,15 +101,13 @@ def read_header(path: Path, page: int | None, limit: int) -> Header:
             with tifffile.TiffFile(path) as tiff:
                 return tiff_header(tiff_page(tiff, path, page), len(tiff.pages))
         _refuse_page(path, page)
-        bits, color = _png_depth(path)
         with _open_pillow(path, limit) as image:
             height, width, mode = image.height, image.width, image.mode
             if image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
                 height, width = width, height
             pages = int(getattr(image, "n_frames", 1)) if getattr(image, "is_animated", False) else 1
-            if bits == 16 and color in (2, 4, 6):
-                bands, mode = (1, "LA;16") if color == 4 else (3, "RGB;16")
-                return Header(height, width, bands, "uint16", mode, pages)
+            if bands := deep_bands(image, path):
+                return Header(height, width, bands, "uint16", "LA;16" if bands == 1 else "RGB;16", pages)
             wide = mode == "I" and image.format in ("PNG", "PPM")
         dtype = "bool" if mode == "1" else "uint16" if wide or mode.startswith("I;16") else "float32" if mode in ("I", "F") else "uint8"
         bands = 1 if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16") else 3
@@ -111,14 +127,15 @@ def read_file_palette(path: Path, page: int | None, limit: int) -> np.ndarray | 
 def stack_pages(path: Path) -> list[int]:
     """The pages of a TIFF stack: [] where the file is no TIFF, is damaged, or holds one picture.
 
-    Reduced copies (pyramids) and transparency masks are left out; pages that differ in size are no stack. A stack that was cut
-    off has one page more than can be found, so that reading that one names the damage instead of losing pages silently.
+    Reduced copies (pyramids) and transparency masks are left out; pages that differ in size are no stack, which a warning says.
+    A stack that was cut off has one page more than can be found, so that reading that one names the damage instead of losing
+    pages silently.
     """
     try:
         if not path.is_file() or not is_tiff(path):
             return []
         with tifffile.TiffFile(path) as tiff:
-            return _stack(tiff)
+            return _stack(tiff, path)
     except Exception:  # whatever is wrong with it is told when it is read
         return []
 
@@ -196,14 +213,8 @@ def _pillow_palette(image: Image.Image) -> np.ndarray | None:
     return palette
 
 
-def _turn_upright(image: Image.Image) -> None:
-    image.load()
-    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-
-
 def _from_pillow(image: Image.Image, scale: int) -> Stored:
-    _turn_upright(image)
+    turn_upright(image)
     palette = _pillow_palette(image)
     mode = image.mode
     if mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa"):
@@ -220,33 +231,6 @@ def _from_pillow(image: Image.Image, scale: int) -> Stored:
     if mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits in an older Pillow's 32
         pixels = pixels.astype(np.uint16)
     return Stored(_native(pixels // np.uint8(scale) if scale > 1 else pixels)[None], palette, scale)
-
-
-def _png_depth(path: Path) -> tuple[int, int]:
-    """Bit depth and colour type from the IHDR chunk (PNG, section 11.2.2); (0, 0) where the file is no PNG."""
-    with path.open("rb") as file:
-        start = file.read(26)
-    return (start[24], start[25]) if len(start) == 26 and start.startswith(b"\x89PNG\r\n\x1a\n") else (0, 0)
-
-
-def _read_png16(path: Path, limit: int, color: int) -> np.ndarray:
-    """(3, H, W) uint16, of grey with alpha (1, H, W); upright. Pillow itself keeps 8 of the 16 bits."""
-    if color == 4:  # the two bytes of grey and the two of alpha, taken for four bands
-        four = _unpacked(path, limit, "RGBA", "RGBA")
-        high, low = four[..., :1], four[..., 1:2]
-    else:  # the high bytes, or, told that they come first, the low ones
-        mode = "RGB" if color == 2 else "RGBA"
-        high, low = (_unpacked(path, limit, mode, f"{mode};16{order}")[..., :3] for order in "BL")
-    return np.ascontiguousarray((high << 8 | low).transpose(2, 0, 1))
-
-
-def _unpacked(path: Path, limit: int, mode: str, raw: str) -> np.ndarray:
-    """(H, W, bands) uint16: a PNG whose bytes Pillow takes for those of another of its raw modes; upright."""
-    with _open_pillow(path, limit) as image:
-        image._mode = mode
-        image.tile = [tile._replace(args=raw) for tile in image.tile]
-        _turn_upright(image)
-        return np.asarray(image).astype(np.uint16)
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -315,14 +299,27 @@ def tiff_is_cut(tiff: tifffile.TiffFile) -> bool:
     return bool(following != 0)
 
 
-def _stack(tiff: tifffile.TiffFile) -> list[int]:
+def _stack(tiff: tifffile.TiffFile, path: Path) -> list[int]:
     pages = [_whole(page) for page in tiff.pages]
     kept = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
-    if len({pages[i].shape for i in kept}) > 1:
+    shapes = dict.fromkeys("x".join(map(str, pages[i].shape)) for i in kept)
+    if len(shapes) > 1:
+        if not _is_pyramid(tiff):
+            sizes = ", ".join(list(shapes)[:4]) + (", ..." if len(shapes) > 4 else "")
+            way = "Write pages of other sizes to files of their own"
+            warnings.warn(f"{path}: its {len(kept)} pages differ in shape ({sizes}); only the first is used. {way}", stacklevel=5)
         return []
     if tiff_is_cut(tiff):
         kept.append(len(pages))
     return kept if len(kept) > 1 else []
+
+
+def _is_pyramid(tiff: tifffile.TiffFile) -> bool:
+    """Whether a vendor's format, such as Aperio's, makes pages the levels of one slide without marking them as reduced."""
+    try:
+        return tiff.series[0].is_pyramidal
+    except Exception:  # tifffile gives up on some descriptions in as many ways; the pages can be read all the same
+        return False
 
 
 def _tiff_palette(page: tifffile.TiffPage) -> np.ndarray | None:
@@ -357,7 +354,7 @@ def _decode_tiff(path: Path, page: int | None, limit: int, as_numbers: bool) -> 
     with tifffile.TiffFile(path) as tiff:
         found = tiff_page(tiff, path, page)
         _refuse_bomb(path, found.imagelength, found.imagewidth, limit)
-        if page is None and (stack := _stack(tiff)):
+        if page is None and (stack := _stack(tiff, path)):
             warnings.warn(f"{path}: holds {len(stack)} pages; only the first is used", stacklevel=4)
         if found.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB):
             return _tiff_by_pillow(path, found.index, limit)

@@ -147,9 +147,9 @@ def read_image(picture: Picture | Path, max_pixels: int | None = None) -> np.nda
     """An image as the models take it, before normalisation.
 
     Upright (EXIF and TIFF orientation are applied). Palettes, CMYK and YCbCr become RGB; 1, 2 and 4 bits become uint8 on the
-    full range 0..255; alpha is dropped, whatever it hides. 8 and 16 bits stay what they are; other number types become
-    float32. TIFF may have any number of bands, interleaved or planar. Of an animation, or a stack given without a page, the
-    first picture is read and a warning names the file.
+    full range 0..255; alpha is dropped, whatever it hides. 8 and 16 bits stay what they are, PPM and PGM of other maxima are
+    scaled to these; other number types become float32. TIFF may have any number of bands, interleaved or planar. Of an
+    animation, or a stack given without a page, the first picture is read and a warning names the file.
 
     Args:
         picture: a file or one page of a stack.

@@ -19,7 +19,7 @@ IGNORE_16 = 65535  # the same in uint16 labels, which maps of more than 255 clas
 def read_mask(picture: Picture | Path) -> np.ndarray:
     """The values of a mask, as found in the file.
 
-    Palette files give their indices; 1-bit files 0 and 1; grey files of 2, 4, 8 or 16 bits the stored values; colour files
+    Palette files give their indices; 1-bit files 0 and 1; grey files of 2, 4, 8 or 16 bits, and PGM, the stored values; colour files
     r << 16 | g << 8 | b, or the grey value where red, green and blue are equal in every pixel. Alpha is dropped. Orientation is
     applied as in `read_image`, so that a mask stays on its image.
 

@@ -165,17 +165,21 @@ def _find_void(draft: _Draft) -> None:
     top = free[-1] if free else 0
     if evidence.both_binary and free == [0, 1, 255] and len(names or "12") == 2:
         return  # decided in _read_numbers
+    in_void_color = top == 255 and list((evidence.palette or ())[255:]) == default_colors(256)[255:]
     several = len(known) > 2 or (names is not None and len(names) > 2)  # else 255 is class 1 of two
     if top in VOID_VALUES and several and not (names and top < len(names)):
         others = [value for value in known if value != top]
         if top in evidence.thin:
             draft.ignore(top, "it only forms lines between the other classes")
-        elif evidence.palette is not None and evidence.palette[top] == default_colors(256)[255]:
+        elif in_void_color:
             draft.ignore(top, "it has the colour of Pascal VOC's mark for unknown pixels")
         elif _like_indices(others, names):
             if names and len(known) in (2, len(names)):
                 _ask(draft, f"{top} may mark unknown pixels, or be one of the {len(names)} classes", {top: (len(names) - 1, None)})
             draft.ignore(top, f"the other values ({_listed(others)}) are class numbers, far below it")
+    elif in_void_color and len(known) == 2 and not names:
+        what = f"{top} has the colour of Pascal VOC's mark for unknown pixels, but only {known[0]} occurs beside it"
+        _ask(draft, what, {top: (0 if 1 in _classes_given(draft) else 1, None)})
     free, stated = draft.free, draft.stated
     if names and not stated and free and free[-1] == len(names) and 0 in free and (len(free) > 2 or len(_classes_given(draft)) > 1):
         _one_more_than_names(draft, len(names))
@@ -291,8 +295,7 @@ def _doubt(draft: _Draft) -> None:
     if recolored := [v for v in evidence.recolored if v not in draft.said]:
         _say_recolored(draft, recolored[0])
     strange = {v: f for v, f in evidence.grey_only.items() if v * 0x010101 not in _packed_list(draft.given_colors)}
-    if strange:
-        value, file = next(iter(sorted(strange.items())))
+    for value, file in sorted(strange.items())[:1]:
         say(f"{file} holds the number {value}, other masks hold colours. Save all masks in one way")
     if draft.names or rounded:
         return

@@ -1,5 +1,6 @@
 """Find and open pictures of any kind and size, to be read window by window."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -70,7 +71,18 @@ def open_source(picture: Picture, bands: int | None = None) -> Source:
         if not 0 <= (picture.page or 0) < len(slices):
             raise PictureError(f"{picture}: there is no such slice, only 0 to {len(slices) - 1}")
         return BandPages([Picture(path, page) for page in slices[picture.page or 0]])
-    return open_page(picture)
+    source = open_page(picture)
+    if isinstance(source, WholeSource):
+        _warn_of_lost_place(picture)
+    return source
+
+
+def _warn_of_lost_place(picture: Picture) -> None:
+    """What Pillow decodes, or what is turned upright, comes without its tags."""
+    with explained(picture.path, picture.page):
+        if is_tiff(picture.path) and knows_place(picture):
+            why = "is not stored as upright rows of plain bands, so where it lies or what of it is no data is lost"
+            warnings.warn(f"{picture}: {why}. Write it anew without an orientation, as grey or RGB", stacklevel=3)
 
 
 def open_page(picture: Picture) -> Source:

@@ -74,7 +74,7 @@ def mask_of_page(picture: Picture, page: tifffile.TiffPage) -> Picture | None:
         if following.is_mask and not following.is_reduced and same_size:
             return Picture(picture.path, number)
     beside = mask_file(picture.path)
-    return Picture(beside) if page.index == 0 and beside.is_file() else None
+    return Picture(beside) if page.index == 0 and os.path.isfile(beside) else None  # the Path's own raises where the name is too long
 
 
 def mask_may_be_lost(page: tifffile.TiffPage) -> bool:

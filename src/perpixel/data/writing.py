@@ -105,9 +105,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _hidden(path: Path) -> str:
+    """The begin of a temporary name: file systems allow 255 bytes, of which a character may take four."""
+    return "." + path.stem.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore")
+
+
 def _temporary_folder(path: Path) -> tuple[Path, int | None]:
     """As `_temporary`; a folder that nobody has locked is what a killed process has left."""
-    own = path.with_name(f".{path.stem[:100]}.part{path.suffix}")
+    own = path.with_name(f"{_hidden(path)}.part{path.suffix}")
     lock: int | None = None
     with contextlib.suppress(AttributeError, OSError):
         own.mkdir(exist_ok=True)
@@ -119,7 +124,7 @@ def _temporary_folder(path: Path) -> tuple[Path, int | None]:
             return own, lock
     if lock is not None:
         os.close(lock)
-    other = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}.part{path.suffix}")
+    other = path.with_name(f"{_hidden(path)}.{secrets.token_hex(6)}.part{path.suffix}")
     other.mkdir()
     return other, None
 
@@ -130,7 +135,7 @@ def _temporary(path: Path) -> tuple[Path, int | None]:
     The name is always the same, so that no killed process leaves more than one file behind, and the system frees its lock; who finds it
     locked takes a name of its own.
     """
-    own = path.with_name(f".{path.stem[:100]}.part{path.suffix}")
+    own = path.with_name(f"{_hidden(path)}.part{path.suffix}")
     lock: int | None = None
     with contextlib.suppress(AttributeError, OSError):  # no fcntl; locked, renamed, not writable, or a file system without locks
         lock = os.open(own, os.O_RDWR | os.O_CREAT, 0o666)
@@ -140,7 +145,7 @@ def _temporary(path: Path) -> tuple[Path, int | None]:
             return own, lock
     if lock is not None:
         os.close(lock)
-    return path.with_name(f".{path.stem[:100]}.{secrets.token_hex(6)}{path.suffix}"), None
+    return path.with_name(f"{_hidden(path)}.{secrets.token_hex(6)}{path.suffix}"), None
 
 
 def _is_full(error: BaseException) -> bool:
