@@ -294,9 +294,9 @@ def _doubt(draft: _Draft) -> None:
             say(f"JPEG spread the mask values and the classes cannot be told apart. Export PNG, or give the values to round to: {ways}")
     if recolored := [v for v in evidence.recolored if v not in draft.said]:
         _say_recolored(draft, recolored[0])
-    strange = {v: f for v, f in evidence.grey_only.items() if v * 0x010101 not in _packed_list(draft.given_colors)}
-    for value, file in sorted(strange.items())[:1]:
-        say(f"{file} holds the number {value}, other masks hold colours. Save all masks in one way")
+    strange = [(v, f) for v, f in evidence.grey_only.items() if v * 0x010101 not in _packed_list(draft.given_colors)]
+    if strange:
+        say("{1} holds the number {0}, other masks hold colours. Save all masks in one way".format(*min(strange)))
     if draft.names or rounded:
         return
     alone = sum(1 for v in evidence.counts if evidence.masks.get(v) == 1)
