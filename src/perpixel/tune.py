@@ -76,7 +76,8 @@ class Tuning:
         if self.present is not None:
             gain += f" over its present refiner, {self.present.words}"
         if self.accepted:
-            return f"{self.chosen.words}: {gain}; above zero on {self.images} images"
+            cost = f"; boundary F falls by {-100 * self.boundary.value:.2f} points" if self.boundary and self.boundary.value < 0 else ""
+            return f"{self.chosen.words}: {gain}; above zero on {self.images} images{cost}"
         if self.images < FEWEST:
             return f"{self.chosen.words}: {gain}; {self.images} image(s) tell too little of others; the bundle stays as it is"
         why = "the interval holds zero" if self.miou.high > 0 else "it makes the labels worse"
