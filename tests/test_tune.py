@@ -385,6 +385,12 @@ def test_every_beginning_of_the_order_is_spread_over_all_images(count):
     assert all(abs(np.mean(order[:4]) - (count - 1) / 2) < count / 6 for _ in [0] if count >= 8)
 
 
+def test_a_single_refiner_may_be_given_by_its_bare_name(scenes, make_bundle, monkeypatch):
+    gives(monkeypatch, perfect)
+    found = tune(make_bundle(), scenes / "images", scenes / "masks", refiners="gaussian_crf", minutes=0.02, split="train")
+    assert set(found.best) == {"gaussian_crf"}
+
+
 def test_wrong_requests_are_refused(scenes, make_bundle):
     path = make_bundle()
     for arguments, message in [
