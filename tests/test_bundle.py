@@ -70,7 +70,7 @@ def test_what_a_run_writes_is_a_bundle_of_the_model_and_data_it_was_trained_on(r
     torch.testing.assert_close(bundle.normalize(image), (image / 255 - mean) / std)
 
 
-@pytest.mark.parametrize("share", [0.0, 1e-5, 1e-4, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [1e-5, 1e-4, 0.01, 0.5, 0.999])
 def test_a_bundle_cut_off_anywhere_is_refused_by_name(make_bundle, share):
     path = make_bundle()
     content = path.read_bytes()
@@ -85,6 +85,21 @@ def test_a_bundle_with_one_changed_byte_is_refused_by_name(make_bundle):
     content[-100] ^= 1  # among the weights, which stand last
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path.name}: the weights are damaged"):
+        load_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>not found</html>", "it holds a web page"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1", "no file of weights"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_told_from_a_damaged_bundle(tmp_path, content, told):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"best\.safetensors: not a bundle: {told}.*RUN/best\.safetensors"):
         load_bundle(path)
 
 

@@ -320,6 +320,15 @@ def test_a_file_that_holds_no_weights_is_blamed_itself_and_not_the_encoder_of_it
             plan(a_check(), LAPTOP, {"model": {"encoder_weights": str(tmp_path / name)}})
 
 
+@pytest.mark.parametrize("model", [{"encoder": "resnet18"}, {"name": "fcn8s_paper"}], ids=str)
+@pytest.mark.parametrize(("content", "told"), [("<html>", "it holds a web page"), ("", "the file is empty")])
+def test_a_file_that_holds_no_weights_is_blamed_also_where_it_decides_no_encoder(tmp_path, model, content, told):
+    file = tmp_path / "x.safetensors"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"x\.safetensors: {told}"):
+        plan(a_check(), LAPTOP, {"model": {**model, "encoder_weights": str(file)}})
+
+
 def test_a_file_whose_name_is_no_encoder_s_is_taken_for_the_usual_one(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "mine.safetensors")
     recipe, reasons = plan(a_check(), LAPTOP, {"model": {"encoder_weights": str(tmp_path / "mine.safetensors")}})

@@ -18,3 +18,8 @@ def test_every_file_that_readme_and_docs_link_to_exists():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readme_lists_every_page_of_docs_once():
+    listed = re.findall(r"^- \[docs/(.+?)\]\(docs/\1\): ", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))

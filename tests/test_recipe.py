@@ -89,6 +89,13 @@ def test_a_setting_without_a_value_is_refused():
         read_settings(["train.lr"])
 
 
+def test_one_setting_may_stand_alone_and_what_is_no_text_is_refused_by_type():
+    assert read_settings("train.lr=3") == read_settings(["train.lr=3"])
+    for wrong in ({"train.lr": 3}, {"train": {"lr": 3}}, [("train.lr", 3)], [{"train.lr": 3}]):
+        with pytest.raises(TypeError, match=r"settings are .*train.*; give key=value texts"):
+            read_settings(wrong)
+
+
 def test_a_written_recipe_reads_back_equal(tmp_path):
     recipe = Recipe.model_validate({"train": {"steps": 7, "lr": 0.5}, "data": {"classes": ["a", "b"], "label_map": {"values": {"0": 0}}}})
     path = tmp_path / "recipe.yaml"

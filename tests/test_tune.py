@@ -12,12 +12,13 @@ from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
 from perpixel.data.images import Picture
 from perpixel.data.masks import LabelMap
 from perpixel.evaluate import evaluate
+from perpixel.metrics.intervals import Interval
 from perpixel.predict import load
 from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, neighbours
 from perpixel.refinement.compatibility import fit_compatibility
 from perpixel.refinement.refiners import build_refiner
 from perpixel.search import Search, _evenly, learned_costs
-from perpixel.tune import judged, tune
+from perpixel.tune import FEWEST, Tuning, judged, tune
 
 SIDE = 40
 
@@ -241,6 +242,14 @@ def test_removing_a_few_pixels_of_classes_that_are_nowhere_in_the_truth_is_no_ga
     assert not found.accepted
 
 
+def test_an_accepted_refiner_that_costs_boundaries_says_how_much():
+    better = Interval(0.03, 0.01, 0.05, 0.99, FEWEST)
+    for change, told in ((-0.0125, "8 images; boundary F falls by 1.25 points"), (0.0125, "8 images"), (float("nan"), "8 images")):
+        found = Tuning(FEWEST, 0.8, chosen=Candidate("grid_mrf", {}), miou=better, boundary=Interval(change, -0.02, 0.02, 0.99, FEWEST))
+        assert found.accepted
+        assert found.verdict.endswith(told)
+
+
 def test_a_refiner_in_the_bundle_is_only_replaced_by_a_better_one(scenes, make_bundle, monkeypatch):
     path = make_bundle()
     gives(monkeypatch, speckled)
@@ -374,6 +383,12 @@ def test_every_beginning_of_the_order_is_spread_over_all_images(count):
     order = _evenly(count)
     assert sorted(order) == list(range(count))
     assert all(abs(np.mean(order[:4]) - (count - 1) / 2) < count / 6 for _ in [0] if count >= 8)
+
+
+def test_a_single_refiner_may_be_given_by_its_bare_name(scenes, make_bundle, monkeypatch):
+    gives(monkeypatch, perfect)
+    found = tune(make_bundle(), scenes / "images", scenes / "masks", refiners="gaussian_crf", minutes=0.02, split="train")
+    assert set(found.best) == {"gaussian_crf"}
 
 
 def test_wrong_requests_are_refused(scenes, make_bundle):

@@ -24,7 +24,7 @@ from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
-from perpixel.models.encoders import fit_bands, is_pickled
+from perpixel.models.encoders import fit_bands, is_pickled, no_weights
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
 
@@ -250,8 +250,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner") from None
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
-            pickled = is_pickled(file.read(4))
-        why = "it looks like a pickle, which perpixel never executes" if pickled else f"it is damaged or cut short ({error})"
+            head = file.read(64)
+        pickled = "it looks like a pickle, which perpixel never executes" if is_pickled(head) else None
+        why = pickled or no_weights(head) or f"it is damaged or cut short ({error})"
         raise ValueError(f"{path}: not a bundle: {why}. {WRITTEN}") from None
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from perpixel.check import Check
 from perpixel.losses import PIXEL_LOSSES
@@ -213,8 +213,12 @@ def input_statistics(encoder: str, weights: bool | str | None, report: Check) ->
 def _metadata(weights: Path) -> dict[str, str]:
     if weights.suffix != ".safetensors" or not weights.is_file():
         return {}
-    with safe_open(weights, framework="pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError:
+        read_weights(weights)  # says what the file is instead
+        raise
 
 
 @cache

@@ -200,9 +200,11 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """`["key=value", ...]` as mappings, nested where a key has dots; values as in `read_settings`."""
+    """`["key=value", ...]`, or one such text, as mappings, nested where a key has dots; values as in `read_settings`."""
     parts: dict[str, Any] = {}
-    for setting in settings:
+    for setting in [settings] if isinstance(settings, str) else settings:
+        if isinstance(settings, Mapping) or not isinstance(setting, str):
+            raise TypeError(f"settings are {settings!r}; give key=value texts, for example ['train.lr=0.01']")
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {setting}: give key=value, for example --set train.lr=0.01")

@@ -76,7 +76,8 @@ class Tuning:
         if self.present is not None:
             gain += f" over its present refiner, {self.present.words}"
         if self.accepted:
-            return f"{self.chosen.words}: {gain}; above zero on {self.images} images"
+            cost = f"; boundary F falls by {-100 * self.boundary.value:.2f} points" if self.boundary and self.boundary.value < 0 else ""
+            return f"{self.chosen.words}: {gain}; above zero on {self.images} images{cost}"
         if self.images < FEWEST:
             return f"{self.chosen.words}: {gain}; {self.images} image(s) tell too little of others; the bundle stays as it is"
         why = "the interval holds zero" if self.miou.high > 0 else "it makes the labels worse"
@@ -124,7 +125,7 @@ def tune(
         bundle: its path; rewritten in place, with the refiner, only where the interval of the gain in mIoU is above zero. The gain is
             over the refiner that the bundle has already, where it has one.
         images, masks: any layout that `perpixel check` understands.
-        refiners: names in `REFINERS` to search among; None: all.
+        refiners: names in `REFINERS` to search among, or one name; None: all.
         minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
         split: the part to search on; label costs are learned from the masks of the part "train".
         labels: mask value -> class index or 255, over the bundle's own label map.
@@ -134,7 +135,7 @@ def tune(
     Raises:
         ValueError: an unknown refiner, no images in the part, or none that could be read.
     """
-    start, refiners = time.monotonic(), list(REFINERS) if refiners is None else refiners
+    start, refiners = time.monotonic(), list(REFINERS) if refiners is None else [refiners] if isinstance(refiners, str) else refiners
     for name in refiners:
         if name not in REFINERS:
             raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")

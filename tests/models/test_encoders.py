@@ -110,8 +110,9 @@ def test_files_that_are_no_weights_are_refused_by_name(tmp_path):
     save_file({"a": torch.zeros(100)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-50])
     torch.save({"a": torch.zeros(1)}, tmp_path / "saved.safetensors")
-    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
-    (tmp_path / "note.pth").write_text("hello")
+    for name in ("photo.jpg", "photo.safetensors"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "jpeg")
+    (tmp_path / "note.pth").write_text("hello, world")
     for suffix in ("pth", "safetensors"):
         (tmp_path / f"empty.{suffix}").write_bytes(b"")
         (tmp_path / f"page.{suffix}").write_text("<!DOCTYPE html><html>not found</html>")
@@ -122,6 +123,7 @@ def test_files_that_are_no_weights_are_refused_by_name(tmp_path):
         "cut.safetensors": "damaged",
         "saved.safetensors": r"name it \.pth",
         "photo.jpg": "no file of weights",
+        "photo.safetensors": "no file of weights",
         "note.pth": "no file of weights",
         "empty.pth": "the file is empty",
         "empty.safetensors": "the file is empty",

@@ -160,17 +160,24 @@ def _why_unread(path: Path, error: Exception) -> str:
         return f"can't be read ({error.strerror or error})"
     with path.open("rb") as file:
         head = file.read(64)
-    if not head:
-        return "the file is empty; fetch it again"
-    if head.lstrip().startswith(b"<"):
-        return "it holds a web page, no weights; fetch the file itself"
+    if other := no_weights(head):
+        return other
     if is_pickled(head) and path.suffix == ".safetensors":
         return "written by torch.save, so no .safetensors file; name it .pth"
     if is_pickled(head) and isinstance(error, pickle.UnpicklingError):
         return "not a file of tensors only; anything else is refused, not executed. Save model.state_dict()"
-    if not is_pickled(head) and path.suffix != ".safetensors":
-        return "no file of weights; give a .safetensors file, or a .pth file as torch.save writes it"
     return f"damaged or cut short ({_first_line(error)}); fetch it again"
+
+
+def no_weights(head: bytes) -> str | None:
+    """What is wrong with a file by its first bytes, 9 or more; None where it begins as weights do, or is cut before that shows."""
+    if not head:
+        return "the file is empty; fetch it again"
+    if head.lstrip().startswith(b"<"):
+        return "it holds a web page, no weights; fetch the file itself"
+    if not is_pickled(head) and head[8:9] not in (b"", b"{"):  # safetensors: the header's length in 8 bytes, then JSON
+        return "no file of weights, neither of safetensors nor of torch.save"
+    return None
 
 
 def is_pickled(head: bytes) -> bool:
