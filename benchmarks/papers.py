@@ -119,9 +119,10 @@ NARROW_WIDTH = 16
 # Nearer to the paper's width of 64: how far the narrow net is from what the decoder can do.
 WIDER_WIDTH = 32
 WIDER = f"{AGAIN['basic, median_frequency']}, width {WIDER_WIDTH}"
-# Balanced less steeply, and with Lovasz: the loss that --fast plans for classes so uneven.
-PLANNED = f"basic, inverse_log, Lovasz, 2 times the updates, width {WIDER_WIDTH}"
-PLANNED_LOSS = "train.loss=[{name: cross_entropy}, {name: lovasz_softmax, weight: 0.5}]"
+# Balanced less steeply, and with Lovasz, here on every second pixel in both directions: the loss that --fast plans for classes so uneven.
+PLANNED_WIDTH = 24
+PLANNED = f"basic, inverse_log, Lovasz, 2 times the updates, width {PLANNED_WIDTH}"
+PLANNED_LOSS = ("train.class_weights=inverse_log", "train.loss=[{name: cross_entropy}, {name: lovasz_softmax, weight: 0.5}]")
 SWITCHED_OFF = ("brightness", "contrast", "saturation", "hue", "rare_class_probability")
 
 
@@ -141,9 +142,9 @@ def segnet_rows() -> dict[str, list[str]]:
         for variant in SEGNET_TABLE
     }
     rows |= {longer: rows[row] for row, longer in AGAIN.items()}
-    wide = settings(f"model.options.width={WIDER_WIDTH}")
-    loss = settings("model.options.variant=basic", "train.class_weights=inverse_log", PLANNED_LOSS)
-    return rows | {WIDER: [*rows["basic, median_frequency"], *wide], PLANNED: [*words, *loss, *wide]}
+    wider = settings(f"model.options.width={WIDER_WIDTH}")
+    planned = settings("model.options.variant=basic", f"model.options.width={PLANNED_WIDTH}", *PLANNED_LOSS, "train.loss_stride=2")
+    return rows | {WIDER: [*rows["basic, median_frequency"], *wider], PLANNED: [*words, *planned]}
 
 
 def segnet_claims() -> list[Claim]:
@@ -186,7 +187,9 @@ GROUPS = {
         longer=dict.fromkeys([*AGAIN.values(), WIDER], LONGER) | {PLANNED: 2},
         note="SegNet-Basic learns more slowly than bilinear upsampling: it is behind in mIoU at this budget, with the better boundaries. "
         "The rows of three times the updates were added to see where that leads: more than half of the gap is gone. With balancing, "
-        "FCN-Basic-NoAddition is far from converged.",
+        "FCN-Basic-NoAddition is far from converged. Width 32 at three times the updates passes the paper's class average, mIoU and BF on "
+        "test, not its global; the loss that --fast plans, balanced less steeply and with Lovasz, misses global by 0.4 points and BF by "
+        "1.0 at width 24 and twice the updates, with class average and mIoU above the paper's.",
         published={
             f"{name}, {weights}": scores for name, both in SEGNET_TABLE.items() for weights, scores in zip(BALANCED, both, strict=True)
         },

@@ -1,6 +1,7 @@
 """Writes docs/results.md from benchmarks/results/*.json, so that no figure in the docs is typed by hand."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,8 @@ def papers(run: Run) -> str:
 
 
 def few_images() -> str:
-    """Files of unet_isbi.py, one for each width and number of updates."""
-    runs = sorted(read("unet-isbi2012-*"), key=lambda run: (run["width"], run["steps"]))
+    """Files of unet_isbi.py, one for each net and number of updates."""
+    runs = sorted(read("unet-isbi2012-*"), key=lambda run: (run.get("width", math.inf), run["steps"]))
     if not runs:
         return ""
     scores = {
@@ -176,8 +177,9 @@ def few_images() -> str:
         "",
     ]
     for run in runs:
+        net = f"width {run['width']}" if "width" in run else f"the general U-Net on a trained {run['encoder']}"
         lines += [
-            f"`{run['command']}` on {run['machine']}: width {run['width']}, {run['steps']:,} updates of 4 crops of {run['crop']} pixels "
+            f"`{run['command']}` on {run['machine']}: {net}, {run['steps']:,} updates of 4 crops of {run['crop']} pixels "
             f"for each net, folds {run['folds']} of 5.",
             "",
             *heads("row", "slices", *scores.values(), *(f"gain in {name}" for name in scores.values())),

@@ -1,12 +1,15 @@
 """U-Net from few images: 5-fold cross-validation on ISBI 2012's 30 slices; writes benchmarks/results/unet-isbi2012-WIDTH-STEPS.json.
 
-python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER]
+python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8 | --weights FILE] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER]
 
 FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations, and every
 slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
 Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" is the first row's
 nets with `--tta rotations,flips`. The differences have intervals over the slices, which are neighbours in one volume: they are too narrow
 for other volumes. The board scored the best of ten thresholds of the membrane's probability; so are these, thresholds chosen on all slices.
+
+With --weights it is the general U-Net on the encoder that FILE is for, at full resolution; the encoder's own rate is a fifth of the others'
+and its batch norm is trained, since photographs tell it little about electron micrographs.
 """
 
 import argparse
@@ -41,6 +44,8 @@ ROWS: dict[str, tuple[list[str], int, str | None]] = {
     "2 slices": ([], 2, None),
     "1 slice": ([], 1, None),
 }
+# Of the general U-Net: the plan, made for photographs, trains the encoder at a fiftieth of the rate and stops at stride 2.
+ON_ENCODER = ("model.options.head_stride=1", "train.encoder_lr_scale=0.2", "train.freeze_batch_norm=false")
 # The paper's on the hidden test slices (table 1), which is older than V_rand.
 BOARD = {"warping_error": 0.000353, "rand_error": 0.0382, "pixel_error": 0.0611}
 
@@ -61,17 +66,22 @@ def write_fold(data: Path, out: Path, fold: int, slices: int) -> None:
 
 def trained(given: argparse.Namespace, name: str, fold: int, settings: Sequence[str], slices: int) -> Path:
     """The best bundle of a row's fold, by the command a person would type; kept where it is there already."""
-    run = given.runs / f"{name} {given.width} {given.steps} crop {given.crop} fold {fold}".replace(" ", "-")
+    run = given.runs / f"{name} {net_of(given)} {given.steps} crop {given.crop} fold {fold}".replace(" ", "-")
     if not (run / "evaluation.json").exists():
         with tempfile.TemporaryDirectory() as folder:
             write_fold(given.data, Path(folder), fold, slices)
             words = [sys.executable, "-m", "perpixel", "train", str(Path(folder) / "images"), str(Path(folder) / "masks"), "-o", str(run)]
             words += ["--classes", "membrane,cell", "--steps", str(given.steps), "--resume"]
-            common = [f"model.options.width={given.width}", f"train.crop=[{given.crop}, {given.crop}]"]
-            for setting in [*common, "train.validations=3", "train.report=false", *settings]:
+            net = [f"model.encoder_weights={given.weights}", *ON_ENCODER] if given.weights else [f"model.options.width={given.width}"]
+            for setting in [*net, f"train.crop=[{given.crop}, {given.crop}]", "train.validations=3", "train.report=false", *settings]:
                 words += ["--set", setting]
             subprocess.run(words, check=True)
     return run / "best.safetensors"
+
+
+def net_of(given: argparse.Namespace) -> str:
+    """In names of files: the width of the paper's net, or the encoder of the general one."""
+    return str(given.weights.stem if given.weights else given.width)
 
 
 def scored(bundle: Path, data: Path, fold: int, views: str | None) -> Board:
@@ -108,6 +118,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--weights", type=Path, help="of an encoder; without them the paper's net of --width")
     parser.add_argument("--crop", type=int, default=192)
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
@@ -125,8 +136,9 @@ def main() -> None:
             board.merge(scored(bundle, given.data, fold, views))
         first = board if first is None else first
         rows[name] = row_of(board, first)
-        content = {"steps": given.steps, "width": given.width, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
-        write(f"unet-isbi2012-{given.width}-{given.steps}", content)
+        net = {"encoder": given.weights.stem} if given.weights else {"width": given.width}
+        content = {"steps": given.steps, **net, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
+        write(f"unet-isbi2012-{net_of(given)}-{given.steps}", content)
         sys.stdout.write(json.dumps({name: rows[name]}) + "\n")
 
 
