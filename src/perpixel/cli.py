@@ -142,11 +142,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a bundle on images with masks: per set and per image, with 95 % intervals, and the loss of each image."""
+    _refuse_swapped("evaluate", bundle, images, masks)
     from perpixel.evaluate import render
     from perpixel.report.make import evaluate_and_report
     from perpixel.scores import parse_groups
 
-    _refuse_swapped("evaluate", bundle, images, masks)
     with _live(json, "scoring") as progress:
         result = evaluate_and_report(
             bundle,
@@ -207,10 +207,10 @@ def predict(
 
     Very large and georeferenced images become tiled TIFF. An interrupted prediction goes on where it was with the same command.
     """
+    _refuse_swapped("predict", bundle, *inputs)
     from perpixel.budget import Limits, keep_freed_memory, parse_bytes
     from perpixel.predict import Task, load, predict_files, shard_of
 
-    _refuse_swapped("predict", bundle, *inputs)
     console = Console()
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
     if ram is None:
@@ -243,10 +243,10 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search a refiner (CRF, MRF) for a bundle; it is written into the bundle only where its gain is shown to be real."""
+    _refuse_swapped("tune", bundle, images, masks)
     from perpixel.tune import render
     from perpixel.tune import tune as run
 
-    _refuse_swapped("tune", bundle, images, masks)
     with _live(json, "tuning") as progress:
         result = run(
             bundle,
@@ -296,10 +296,10 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Fit the temperature that makes a bundle's probabilities mean what they say; labels stay as they are."""
+    _refuse_swapped("calibrate", bundle, images, masks)
     from perpixel.calibrate import calibrate as run
     from perpixel.calibrate import render
 
-    _refuse_swapped("calibrate", bundle, images, masks)
     with _live(json, "calibrating") as progress:
         result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
     if json:
