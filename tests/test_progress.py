@@ -61,5 +61,5 @@ def test_a_run_by_steps_tells_once_how_long_it_will_take_and_counts_its_steps(tm
             log.step(step, step / 90, clock.now, cost=1.0, lr=0.1, left=math.nan if step == 1 else 4.0 * (90 - step))
         log.validated(8, SimpleNamespace(confusion=SimpleNamespace(miou=0.5, pixel_accuracy=0.75), cost=0.25))
     assert said.getvalue().count("all scores included") == 1
-    assert "step 3 of 90; 5:48 left, all scores included" in said.getvalue()
+    assert "step 5 of 90; 5:40 left, all scores included" in said.getvalue()
     assert "step 8 of 90: cost 1.000; on validation cross-entropy 0.250, mIoU 0.500, pixel accuracy 0.750; 5:28 left" in said.getvalue()

@@ -416,13 +416,16 @@ def _summarise(outcome: "Outcome", console: Console) -> None:
     scores, out = outcome.scores, escape(str(outcome.out))
     console.print(
         f"best at step {outcome.best_step} of {outcome.step}: mIoU [bold]{scores['miou']:.3f}[/], "
-        f"pixel accuracy [bold]{scores['pixel_accuracy']:.3f}[/] on {scores['images']} validation images"
+        f"pixel accuracy [bold]{scores['pixel_accuracy']:.3f}[/] on {scores['images']} validation images",
+        soft_wrap=True,
     )
     if outcome.step < FEW_STEPS:
-        console.print(f"[yellow]warning:[/] {outcome.step} steps teach a network next to nothing; give more --minutes or --steps")
+        few = f"{outcome.step} steps teach a network next to nothing; give more --minutes or --steps"
+        console.print(f"[yellow]warning:[/] {few}", soft_wrap=True)
     if outcome.recipe.train.report:
         console.print(f"[bold]{out}/report.html[/]  scores, worst images, suspected label errors: open it in a browser", soft_wrap=True)
-    console.print(f"[bold]{out}/best.safetensors[/]  next: perpixel predict {out}/best.safetensors YOUR-IMAGES -o labels --overlay")
+    following = f"perpixel predict {out}/best.safetensors YOUR-IMAGES -o labels --overlay"
+    console.print(f"[bold]{out}/best.safetensors[/]  next: {following}", soft_wrap=True)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from perpixel.recipe import TrainSection
 T = TypeVar("T")
 COLUMNS = ("step", "seconds", "images_per_second", "lr", "cost", "val_cross_entropy", "val_miou", "val_pixel_accuracy")
 EVERY = 20  # steps between rows of metrics.csv
-SETTLED, WORTH_TELLING = 10.0, 60.0  # seconds of steps after which the time left of a run is told, once, where it is more than that
+FIRST, SETTLED = 5, 10.0  # steps, and seconds of steps, after which the time left of a run by steps is told, once,
+WORTH_TELLING = 60.0  # where it is more than that
 
 
 class TrainingLog:
@@ -83,7 +84,8 @@ class TrainingLog:
         self.bar.update(self.task, completed=progress, description="training", text=text)
         self.last_step = step
         self.latest = {"seconds": seconds, "images_per_second": speed, "lr": lr, "cost": sum(self.costs) / len(self.costs)}
-        if self.section.steps and not self.told and self.stepping > SETTLED and left > WORTH_TELLING:
+        known = step - self.first_step >= FIRST and self.stepping > SETTLED
+        if self.section.steps and known and not self.told and left > WORTH_TELLING:
             self.told = True
             self.console.print(f"[dim]step {self._of(step)}{self._left()}, all scores included[/]", soft_wrap=True)
         if step % EVERY == 0:
