@@ -169,11 +169,11 @@ def few_images() -> str:
     lines = [
         "## U-Net from few images: isbi2012",
         "",
-        "U-Net from scratch but where it says otherwise (the paper's has width 64 and trains for 10 hours on a GPU); each slice scored by a net that has not seen "
-        "it, at the best threshold over all slices, as the board does (plain U-Nets of later years have a V_rand of 0.96 there). The "
-        "gain is that over the first row with its 95 % interval over the slices; errors fall where it is negative. Nets of width 8, "
-        "trained for 200 updates, underfit, so deformation and more slices have nothing to mend: such a row says what holds at this "
-        "budget, not that the paper's gain is absent at its own.",
+        "U-Net from scratch but where it says otherwise (the paper's has width 64 and trains for 10 hours on a GPU); each slice "
+        "scored by a net that has not seen it, at the best threshold over all slices, as the board does (plain U-Nets of later years "
+        "have a V_rand of 0.96 there). The gain is that over the first row with its 95 % interval over the slices; errors fall where "
+        "it is negative. Nets of width 8, trained for 200 updates, underfit, so deformation and more slices have nothing to mend: "
+        "such a row says what holds at this budget, not that the paper's gain is absent at its own.",
         "",
     ]
     for run in runs:
