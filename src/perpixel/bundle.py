@@ -249,10 +249,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except PermissionError:
         raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner") from None
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            head = file.read(64)
-        pickled = "it looks like a pickle, which perpixel never executes" if is_pickled(head) else None
-        why = pickled or no_weights(head) or f"it is damaged or cut short ({error})"
+        pickled = "it looks like a pickle, which perpixel never executes" if is_pickled(path) else None
+        why = pickled or no_weights(path) or f"it is damaged or cut short ({error})"
         raise ValueError(f"{path}: not a bundle: {why}. {WRITTEN}") from None
 
 

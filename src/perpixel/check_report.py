@@ -34,8 +34,8 @@ def render(report: "Check", console: Console) -> None:
     for text in report.warnings:
         console.print(f"[yellow]![/] {escape(text)}", highlight=False)
     for text in report.problems:
-        for message in told:
-            text = text.replace(message, told[message])  # a problem that quotes it names the file instead
+        for message, file in told.items():
+            text = text.replace(message, file)  # a problem that quotes it names the file instead
         console.print(f"[bold red]✗[/] {escape(text)}", highlight=False)
     if report.ready:
         count = len(report.split("train"))

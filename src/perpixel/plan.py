@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from perpixel.check import Check
 from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
-from perpixel.models.encoders import read_weights
+from perpixel.models.encoders import no_weights, read_weights
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
 from perpixel.models.unet import decoder_stages
 from perpixel.optimisation import PAUSE, validation_seconds
@@ -70,6 +70,10 @@ class Choices:
     def origin(self, key: str) -> str:
         """Who gave the value in force."""
         return next((words for words, parts in self.origins if _has(parts, key)), "as you asked")
+
+    def keep(self, key: str) -> None:
+        """Settles `key` as it was given."""
+        self.take(key, value_at(self.given, key), self.origin(key))
 
     def take(self, key: str, proposal: Any, reason: str) -> Any:
         """Settles `key`; returns the value in force."""
@@ -127,7 +131,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
     weights = value_at(choices.given, "model.encoder_weights")
     if "encoder" not in options:
         if weights:
-            choices.take("model.encoder_weights", weights, choices.origin("model.encoder_weights"))
+            choices.keep("model.encoder_weights")
         return
     stated = value_at(choices.given, "model.encoder")  # a resumed run's recipe states it, and needs the file no longer
     encoder, reason = _propose_encoder(report, machine, weights) if stated is None else (stated, choices.origin("model.encoder"))
@@ -150,7 +154,7 @@ def _plan_model(choices: Choices, report: Check, machine: Machine) -> None:
         why = "published weights are downloaded" if online else "no hub can be reached: from scratch"
         choices.take("model.encoder_weights", True if online else None, why)
     else:
-        choices.take("model.encoder_weights", weights, choices.origin("model.encoder_weights"))
+        choices.keep("model.encoder_weights")
     strides = _strides(encoder)
     if not gpu and "decoder_channels" in options and (len(strides) == 5 or strides == [2, 4, 8, 16]):
         head = choices.take("model.options.head_stride", 2, "the last stage costs as much as all others together")
@@ -164,7 +168,8 @@ def _propose_encoder(report: Check, machine: Machine, weights: Any) -> tuple[str
     if isinstance(weights, str):
         if not Path(weights).is_file():
             raise ValueError(f"model.encoder_weights: {weights}: no such file. Give a .safetensors or .pth file, true (download) or null.")
-        read_weights(Path(weights))  # refuses a file of another kind, whose name says nothing
+        if other := no_weights(Path(weights)):  # whose name says nothing then; to read it all is the model's
+            raise ValueError(f"{weights}: {other}")
         name = encoder_of(Path(weights))
         if name in TRUNKS or timm.is_model(name):
             return name, f"the encoder that {Path(weights).name} was made for"
@@ -355,7 +360,7 @@ def _plan_length(choices: Choices, report: Check) -> None:
     batch, images = choices.taken["train"]["batch"], len(report.split("train"))
     for key, value in given.items():
         if value is not None:
-            choices.take(f"train.{key}", value, choices.origin(f"train.{key}"))
+            choices.keep(f"train.{key}")
     if not any(given.values()):
         steps = math.ceil(min(20_000, max(400, 60 * images / batch)))
         choices.taken["train"]["steps"] = steps

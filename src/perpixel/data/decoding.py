@@ -75,8 +75,8 @@ def decode(path: Path, page: int | None, limit: int, as_numbers: bool = False) -
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 warnings.warn(f"{path}: holds an animation; only its first picture is used", stacklevel=4)
             maximum = ppm_maximum(image)
-            bits, color = png_depth(path)
-            stored = _from_pillow(image, {2: 85, 4: 17}.get(bits, 1) if color == 0 else 1)
+            packed = image.format == "PNG" and image.mode == "L"
+            stored = _from_pillow(image, {2: 85, 4: 17}.get(png_depth(path)[0], 1) if packed else 1)
             return _unscaled(stored, maximum) if as_numbers and maximum else stored
 
 

@@ -30,11 +30,14 @@ def deep_bands(image: ImageFile.ImageFile, path: Path) -> int:
     """Bands, without alpha, of a file of which Pillow, which has opened it, would keep 8 bits; 0: it keeps all."""
     if image.mode not in ("RGB", "RGBA", "LA"):
         return 0
-    bits, color = png_depth(path)
-    if image.format == "JPEG2000":
+    bits = color = 0
+    if image.format == "PNG":
+        bits, color = png_depth(path)
+    elif image.format == "PPM":
+        bits = ppm_maximum(image).bit_length()
+    elif image.format == "JPEG2000":
         bits = _jpeg2000_depth(path)
-    deep = ppm_maximum(image) > 255 if image.format == "PPM" else bits > 8
-    return 0 if not deep else 1 if color == 4 or image.mode == "LA" else 3
+    return 0 if bits <= 8 else 1 if color == 4 or image.mode == "LA" else 3
 
 
 def read_deep(opener: Opener, path: Path) -> np.ndarray:

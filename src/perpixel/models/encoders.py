@@ -158,31 +158,36 @@ def _why_unread(path: Path, error: Exception) -> str:
     """What is wrong with a file of weights, by its first bytes."""
     if isinstance(error, OSError):
         return f"can't be read ({error.strerror or error})"
-    with path.open("rb") as file:
-        head = file.read(64)
-    if other := no_weights(head):
+    if other := no_weights(path):
         return other
-    if is_pickled(head) and path.suffix == ".safetensors":
+    if is_pickled(path) and path.suffix == ".safetensors":
         return "written by torch.save, so no .safetensors file; name it .pth"
-    if is_pickled(head) and isinstance(error, pickle.UnpicklingError):
+    if is_pickled(path) and isinstance(error, pickle.UnpicklingError):
         return "not a file of tensors only; anything else is refused, not executed. Save model.state_dict()"
     return f"damaged or cut short ({_first_line(error)}); fetch it again"
 
 
-def no_weights(head: bytes) -> str | None:
-    """What is wrong with a file by its first bytes, 9 or more; None where it begins as weights do, or is cut before that shows."""
+def no_weights(path: Path) -> str | None:
+    """What is wrong with a file by its first bytes; None where it begins as weights do, or is cut before that shows."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        return f"can't be read ({error.strerror or error})"
     if not head:
         return "the file is empty; fetch it again"
     if head.lstrip().startswith(b"<"):
         return "it holds a web page, no weights; fetch the file itself"
-    if not is_pickled(head) and head[8:9] not in (b"", b"{"):  # safetensors: the header's length in 8 bytes, then JSON
+    if not is_pickled(path) and head[8:9] not in (b"", b"{"):  # safetensors: the header's length in 8 bytes, then JSON
         return "no file of weights, neither of safetensors nor of torch.save"
     return None
 
 
-def is_pickled(head: bytes) -> bool:
+def is_pickled(path: Path) -> bool:
     """Whether a file begins as a pickle of protocol 2 or later, or as the zip archive of pickles that torch.save writes."""
-    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+    with path.open("rb") as file:
+        head = file.read(4)
+    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def batch_norm_is_folded(state: Mapping[str, Tensor]) -> bool:
