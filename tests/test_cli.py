@@ -212,6 +212,7 @@ def test_a_command_that_cannot_be_understood_ends_with_2(command, arguments):
         (("check", "x", "--label", "255:1"), "--label 255:1: legal is VALUE=CLASS"),
         (("predict", "no.safetensors", "x"), "no.safetensors: no such file"),
         (("evaluate", "no.safetensors", "x"), "no.safetensors: no such file"),
+        (("certify", "no.safetensors"), "no.safetensors: no such file. A bundle is written by"),
         (("predict", "a.png", "m.safetensors"), "swapped? The bundle comes first: perpixel predict m.safetensors a.png"),
         (("predict", "a.png", "b.png", "m.safetensors"), "perpixel predict m.safetensors a.png b.png"),
         (("evaluate", "images", "m.safetensors"), "perpixel evaluate m.safetensors images"),

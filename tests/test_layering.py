@@ -19,7 +19,8 @@ ARROWS = {
     "recipe": set(),
     "refinement": set(),
     "tiling": {"models"},
-    "bundle": {"models", "data", "refinement"},
+    "arguments": {"data"},
+    "bundle": {"arguments", "models", "data", "refinement"},
     "optimisation": {"models", "recipe"},
     "check": {"check_report", "data"},
     "check_report": {"check"},
@@ -61,6 +62,7 @@ ARROWS = {
     "train": {"bundle", "check", "data", "optimisation", "plan", "progress", "recipe", "run"},
     "demo": {"check", "data", "evaluate", "predict", "train"},
     "cli": {
+        "arguments",
         "budget",
         "calibrate",
         "certify",
@@ -110,3 +112,13 @@ def test_no_file_is_longer_than_450_lines(part, path):
 def test_importing_perpixel_and_showing_help_load_neither_torch_nor_timm():
     script = "import sys, perpixel, perpixel.cli; print([m for m in ('torch', 'timm', 'numpy', 'lightning') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words", [("predict", "no.safetensors", "a.png"), ("evaluate", "no.safetensors", "images"), ("certify", "no.safetensors")]
+)
+def test_a_wrong_path_is_told_without_loading_torch(words, tmp_path):
+    script = "import sys; from perpixel.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (said.returncode, said.stdout.strip()) == (2, "False")
+    assert "no.safetensors: no such file" in said.stderr

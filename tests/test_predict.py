@@ -277,6 +277,33 @@ def test_what_is_written_beside_the_labels_never_overwrites_an_input_either(segm
     assert [inside for inside in out.rglob("*") if inside.is_file()] == [path]
 
 
+@pytest.mark.parametrize("format", ["png", "tif", "zarr"])
+def test_labels_replace_predicted_ones_but_never_what_perpixel_has_not_predicted(segmenter, tmp_path, out, format):
+    """`predict model.safetensors photos -o masks` would replace what a person has drawn for days."""
+    if format == "zarr":
+        pytest.importorskip("zarr")
+    image, target = save(tmp_path / "in" / "a.jpg", noise(8, 8, 3)), out / f"a.{format}"
+    for _ in range(2):
+        assert predict_files(segmenter, [image], out, Task(format=format)).written == [target]
+    for predicted in [target] if target.is_file() else target.glob("*.json"):
+        predicted.unlink()
+    drawn = target if format != "zarr" else target / "of-another-program"
+    drawn.parent.mkdir(exist_ok=True)
+    Image.fromarray(noise(8, 8)).save(drawn, format="tiff" if format == "tif" else "png")
+    before = drawn.read_bytes()
+    with pytest.raises(ValueError, match=rf"a\.{format} is there, and perpixel has not predicted it: choose another folder, or remove it"):
+        predict_files(segmenter, [image], out, Task(format=format))
+    assert drawn.read_bytes() == before
+
+
+def test_an_empty_file_in_the_place_of_labels_is_replaced(segmenter, tmp_path, out):
+    image = save(tmp_path / "in" / "a.jpg", noise(8, 8, 3))
+    out.mkdir()
+    (out / "a.png").touch()
+    predict_files(segmenter, [image], out)
+    assert Image.open(out / "a.png").size == (8, 8)
+
+
 def test_labels_never_overwrite_a_sheet_of_a_mosaic_that_is_read(segmenter, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     tifffile.imwrite(tmp_path / "a.tif", noise(32, 32, 3), photometric="rgb")

@@ -90,6 +90,16 @@ def test_two_images_of_one_name_are_refused_as_one_result_would_overwrite_the_ot
     assert not (folders / "out").exists()
 
 
+def test_a_refined_label_image_replaces_another_but_never_a_mask_of_somebody_else(folders):
+    for _ in range(2):
+        assert len(refine_files(folders / "images", folders / "scores", folders / "out")) == 1
+    Image.fromarray(IMAGE[..., 0]).save(folders / "out" / "1.png")
+    before = (folders / "out" / "1.png").read_bytes()
+    with pytest.raises(ValueError, match=r"1\.png is there, and perpixel has not predicted it"):
+        refine_files(folders / "images", folders / "scores", folders / "out")
+    assert (folders / "out" / "1.png").read_bytes() == before
+
+
 def test_two_scores_of_one_name_are_refused_as_either_could_be_meant(folders):
     np.savez(folders / "scores" / "1.npz", LOGITS)
     with pytest.raises(ValueError, match=r"1\.npy and .*1\.npz have one name, '1'"):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from perpixel.arguments import WRITTEN, refuse_missing_bundle
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
@@ -40,7 +41,6 @@ __all__ = [
     "start_from_bundle",
 ]
 
-WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -240,9 +240,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: missing, truncated, or another kind of file (a pickle is refused, never executed).
     """
-    if path.is_dir() or not path.exists():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what}. {WRITTEN}")
+    refuse_missing_bundle(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 safe_open is no dict

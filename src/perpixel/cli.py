@@ -18,7 +18,6 @@ from perpixel import __version__
 if TYPE_CHECKING:
     from perpixel.train import Outcome
 
-BUNDLE = ".safetensors"
 FEW_STEPS = 50  # updates; whoever trains for fewer should know what to expect
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it and typer does: 128 + SIGINT
 app = typer.Typer(
@@ -142,7 +141,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a bundle on images with masks: per set and per image, with 95 % intervals, and the loss of each image."""
-    _refuse_swapped("evaluate", bundle, images, masks)
+    _refuse_paths("evaluate", bundle, images, masks)
     from perpixel.evaluate import render
     from perpixel.report.make import evaluate_and_report
     from perpixel.scores import parse_groups
@@ -207,7 +206,7 @@ def predict(
 
     Very large and georeferenced images become tiled TIFF. An interrupted prediction goes on where it was with the same command.
     """
-    _refuse_swapped("predict", bundle, *inputs)
+    _refuse_paths("predict", bundle, *inputs)
     from perpixel.budget import Limits, keep_freed_memory, parse_bytes
     from perpixel.predict import Task, load, predict_files, shard_of
 
@@ -243,7 +242,7 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search a refiner (CRF, MRF) for a bundle; it is written into the bundle only where its gain is shown to be real."""
-    _refuse_swapped("tune", bundle, images, masks)
+    _refuse_paths("tune", bundle, images, masks)
     from perpixel.tune import render
     from perpixel.tune import tune as run
 
@@ -296,7 +295,7 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Fit the temperature that makes a bundle's probabilities mean what they say; labels stay as they are."""
-    _refuse_swapped("calibrate", bundle, images, masks)
+    _refuse_paths("calibrate", bundle, images, masks)
     from perpixel.calibrate import calibrate as run
     from perpixel.calibrate import render
 
@@ -337,6 +336,7 @@ def certify(
     json: Json = False,
 ) -> None:
     """Compare a prediction by parts with that of the whole image. Exit code 0 where they are the same, 2 where they can't be or aren't."""
+    _refuse_paths("certify", bundle, image)
     from perpixel.certify import certify as run
     from perpixel.certify import render
 
@@ -395,15 +395,10 @@ def _labels(options: list[str] | None) -> dict[int, int]:
     return dict(parse_label(option) for option in options or [])
 
 
-def _refuse_swapped(command: str, bundle: Path, *others: Path | str | None) -> None:
-    """ValueError where the first argument is no bundle and a later one is."""
-    later = [str(other) for other in others if other is not None]
-    found = next((other for other in later if other.endswith(BUNDLE)), None)
-    if found is not None and bundle.suffix != BUNDLE:
-        rest = " ".join([str(bundle), *(other for other in later if other != found)][:3])
-        raise ValueError(
-            f"{bundle} is no bundle and {found} may be one: swapped? The bundle comes first: perpixel {command} {found} {rest}"
-        )
+def _refuse_paths(command: str, bundle: Path, *others: Path | str | None) -> None:
+    from perpixel.arguments import refuse_paths
+
+    refuse_paths(command, bundle, *others)
 
 
 def _print_json(content: object) -> None:

@@ -20,14 +20,13 @@ from perpixel import __version__
 from perpixel.budget import Limits, Plan, one_block
 from perpixel.data.decoding import PictureError, read_header
 from perpixel.data.display import overlay
-from perpixel.data.geo import GEO_SUFFIXES, files_of
+from perpixel.data.geo import files_of
 from perpixel.data.images import FULL_SCALE, Picture, pixel_limit
 from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
-from perpixel.data.sources import find_sources, open_source
-from perpixel.data.tiff_windows import mask_file
+from perpixel.data.sources import files_behind, find_sources, open_source
 from perpixel.data.windows import Source, hole_lines
-from perpixel.data.writing import write_array, write_labels, write_rgb
+from perpixel.data.writing import is_foreign, write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of, noted_in
 from perpixel.tiling import at_once
@@ -116,8 +115,9 @@ def predict_files(
         The label images written, and the damaged inputs, which are named and left out: one bad file does not stop the others.
 
     Raises:
-        ValueError: no pictures, two that would be written to the same file, one that would overwrite an input, `samples` of a
-            model without dropout or with a refiner asked for by name, limits that nothing fits; with `strict`, a damaged input.
+        ValueError: no pictures, two that would be written to the same file, one that would overwrite an input or labels that no
+            prediction has written (a mask drawn by hand), `samples` of a model without dropout or with a refiner asked for by name,
+            limits that nothing fits; with `strict`, a damaged input.
         OSError: the disk is full.
     """
     task = task or Task()
@@ -126,7 +126,7 @@ def predict_files(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, and the labels need a folder; name another with -o")
     pictures = find_sources(inputs, segmenter.bundle.card.bands)
-    read = _inputs(pictures)
+    read = {file.resolve() for path in {picture.path for picture in pictures} for file in files_of(path)}
     _refuse_collisions(pictures, out, task, read)
     run = _Run(segmenter, task, out, pictures, read, progress or (lambda *_: None), tell or (lambda _: None))
     with closing(run), ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
@@ -177,7 +177,7 @@ class _Run:
         """
         path = picture.path
         if path not in self._states:
-            states = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in _files(path)]
+            states = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files_behind(path)]
             self._states[path] = blake2b(str(states).encode(), digest_size=16).hexdigest()
         return f"{picture.name} {picture.page} {self._states[path]}"
 
@@ -350,7 +350,7 @@ class _Run:
     def _write_whole(
         self, picture: Picture, source: Source, targets: dict[str, Path], arrays: dict[str, np.ndarray], region: Region
     ) -> None:
-        write_labels(targets["labels"], arrays["labels"], self.segmenter.colors)
+        write_labels(targets["labels"], arrays["labels"], self.segmenter.colors, predicted=True)
         for name in arrays.keys() - {"labels"}:
             write_array(targets[name], arrays[name])
         if self.task.overlay:
@@ -411,14 +411,6 @@ class _Run:
         return bool(found)
 
 
-def _files(path: Path) -> list[tuple[str, Path]]:
-    """All that a picture is read from, by names that do not depend on where it lies."""
-    if path.is_dir():
-        return [(inside.relative_to(path).as_posix(), inside) for inside in sorted(path.rglob("*")) if inside.is_file()]
-    sheets = files_of(path) if path.suffix.lower() in GEO_SUFFIXES else [path, mask_file(path)]
-    return [(file.name, file) for file in sheets if os.path.exists(file)]  # False where the name is too long
-
-
 class _HopelessError(ValueError):
     """What would be wrong with the next picture too."""
 
@@ -431,14 +423,11 @@ def _writing(function: Callable[..., None], *arguments: Any) -> None:
         raise _HopelessError(str(error)) from error
 
 
-def _inputs(pictures: Sequence[Picture]) -> set[Path]:
-    """All files that are read, those that a raster is made of too."""
-    return {file.resolve() for path in {picture.path for picture in pictures} for file in files_of(path)}
-
-
 def _refuse_overwriting(picture: Picture, targets: dict[str, Path], inputs: set[Path]) -> None:
     if hit := [target for target in targets.values() if target.resolve() in inputs]:
         raise _HopelessError(f"{hit[0]} is an input, and what is written for {picture} would overwrite it; choose another folder.")
+    if is_foreign(targets["labels"]):
+        raise _HopelessError(f"{targets['labels']} is there, and perpixel has not predicted it: choose another folder, or remove it")
 
 
 def _refuse_collisions(pictures: Sequence[Picture], out: Path, task: Task, inputs: set[Path]) -> None:

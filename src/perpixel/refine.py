@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perpixel.data.display import default_colors
 from perpixel.data.images import find_pictures, read_image
-from perpixel.data.writing import write_array, write_labels
+from perpixel.data.writing import is_foreign, write_array, write_labels
 from perpixel.refinement.refiners import build_refiner
 
 SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
@@ -76,13 +76,16 @@ def refine_files(
         target = out / f"{image.stem}.png"
         if target.resolve() == image.resolve():
             raise ValueError(f"{target} is the image itself; choose another folder.")
+        if is_foreign(target):
+            raise ValueError(f"{target} is there, and perpixel has not predicted it: choose another folder, or remove it")
         pixels, given = np.moveaxis(read_image(image), 0, -1), read_scores(belonging)
         try:
             probabilities = refine(pixels, given, refiner, options, kind)
         except ValueError as error:
             raise ValueError(f"{image} with {belonging}: {error}") from None
         labels = probabilities.argmax(0)
-        write_labels(target, labels.astype(np.uint8 if len(probabilities) <= 255 else np.uint16), default_colors(len(probabilities)))
+        labels = labels.astype(np.uint8 if len(probabilities) <= 255 else np.uint16)
+        write_labels(target, labels, default_colors(len(probabilities)), predicted=True)
         if with_probabilities:
             write_array(out / "probabilities" / f"{image.stem}.npy", probabilities.astype(np.float16))
         written.append(target)

@@ -78,9 +78,7 @@ def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
         ValueError: if something is missing, unreadable or ambiguous, or no image has a mask; says what was looked for.
     """
     images, masks = Path(images), None if masks is None else Path(masks)
-    for path in (images, masks):
-        if path is not None and not _exists(path):
-            raise ValueError(f"{path}: there is no such file or folder. Correct the path.")
+    refuse_missing(images, masks)
     found = _alone(images) if masks is None else _two(images, masks)
     classes_file = found.classes_file or find_classes_file(images, masks)
     labelled = [pair for pair in found.pairs if pair.mask is not None]
@@ -92,6 +90,13 @@ def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
     if again := len(found.pairs) - len(pairs):
         found = replace(found, pairs=pairs, notes=(*found.notes, f"listed more than once and taken once: {again} of the pairs"))
     return replace(found, classes_file=classes_file)
+
+
+def refuse_missing(*paths: Path | None) -> None:
+    """ValueError, naming the first of the paths where neither file nor folder is."""
+    for path in paths:
+        if path is not None and not _exists(path):
+            raise ValueError(f"{path}: there is no such file or folder. Correct the path.")
 
 
 def split_pairs(pairs: Sequence[Pair], val_fraction: float = 0.2, seed: int = 0) -> list[Pair]:

@@ -54,7 +54,7 @@ def write_layer(path: Path, mosaic: Mosaic, name: str, legend: Legend, place: Pl
         ValueError: a .zarr without zarr installed.
     """
     if path.suffix == ".png":
-        write_labels(path, _whole(mosaic, name), legend.colors)
+        write_labels(path, _whole(mosaic, name), legend.colors, predicted=True)
     elif path.suffix == ".npy":
         _write_npy(path, mosaic, name)
     elif path.suffix == ".zarr":

@@ -1,13 +1,14 @@
 """Find and open pictures of any kind and size, to be read window by window."""
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perpixel.data.decoding import PictureError, explained, is_tiff, lacks_codec
-from perpixel.data.geo import GEO_SUFFIXES, open_raster
+from perpixel.data.geo import GEO_SUFFIXES, files_of, open_raster
 from perpixel.data.images import IMAGE_SUFFIXES, Picture, find_pictures, read_image
-from perpixel.data.tiff_windows import BandPages, TiffSource, knows_place, ome_slices, tiff_in_parts
+from perpixel.data.tiff_windows import BandPages, TiffSource, knows_place, mask_file, ome_slices, tiff_in_parts
 from perpixel.data.windows import Source, WholeSource
 from perpixel.data.zarr_windows import ZarrSource, is_zarr, zarr_slices
 
@@ -31,6 +32,14 @@ def find_sources(inputs: Sequence[str | Path], bands: int | None = None) -> list
     if not inputs:
         return find_pictures(inputs)  # which says what is missing
     return _with_bands_together(dict.fromkeys(found))
+
+
+def files_behind(path: Path) -> list[tuple[str, Path]]:
+    """All that the pictures of a path are read from, by names that do not depend on where it lies."""
+    if path.is_dir():
+        return [(inside.relative_to(path).as_posix(), inside) for inside in sorted(path.rglob("*")) if inside.is_file()]
+    sheets = files_of(path) if path.suffix.lower() in GEO_SUFFIXES else [path, mask_file(path)]
+    return [(file.name, file) for file in sheets if os.path.exists(file)]  # False where the name is too long
 
 
 def _special(path: Path) -> bool:

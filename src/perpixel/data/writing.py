@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process leaves is not found again
     fcntl = None  # type: ignore[assignment]
 
+PREDICTED = ("Description", "labels predicted by perpixel")  # a text in PNGs, which tells them from masks drawn by hand
 VOID_COLOR = (224, 224, 192)  # index 255 of the Pascal VOC colour map: "void"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -160,7 +163,26 @@ def _is_full(error: BaseException) -> bool:
     return False
 
 
-def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> None:
+def is_foreign(path: Path) -> bool:
+    """Whether something is there that no prediction has written: a mask drawn by hand, say, which nobody wants replaced.
+
+    Predicted labels are told by what `write_labels` and `outputs.write_layer` put into them. An empty file is nobody's.
+    """
+    try:
+        if not os.path.exists(path) or (path.is_file() and not path.stat().st_size):  # where the name is too long, nothing is there
+            return False
+        if path.is_dir():
+            return '"layer"' not in (path / "zarr.json").read_text("utf-8", "replace")
+        if path.suffix == ".tif":
+            with tifffile.TiffFile(path) as file:
+                return not file.pages.first.description.startswith('{"layer"')
+        with Image.open(path) as image:
+            return image.info.get(PREDICTED[0]) != PREDICTED[1]
+    except Exception:  # whatever a damaged file makes of the readers
+        return True
+
+
+def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int, int]], predicted: bool = False) -> None:
     """Write class indices as a PNG: with the classes' palette when they are uint8, as 16-bit grey when they are uint16.
 
     Args:
@@ -168,6 +190,7 @@ def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int
         labels: (H, W) uint8 or uint16. uint8 255 (uint16 65535) means ignore; uint8 255 is shown in Pascal VOC's void colour
             (224, 224, 192), unless there are 256 colours.
         colors: one RGB colour per class, 0..255.
+        predicted: say so in the file, so that another prediction may replace it (see `is_foreign`).
 
     Raises:
         ValueError: if shape or type is another, or a uint8 label is neither a class nor 255.
@@ -175,8 +198,11 @@ def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int
     """
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path}: labels have shape {labels.shape} and type {labels.dtype}; legal is (height, width), uint8 or uint16")
+    note = PngInfo()
+    if predicted:
+        note.add_text(*PREDICTED)
     if labels.dtype == np.uint16:
-        _write_image(path, Image.fromarray(labels))
+        _write_image(path, Image.fromarray(labels), note)
         return
     if len(colors) > 256:
         raise ValueError(f"{path}: {len(colors)} colours do not fit a palette of 256; give the labels as uint16")
@@ -188,7 +214,7 @@ def write_labels(path: Path, labels: np.ndarray, colors: Sequence[tuple[int, int
     palette[: len(colors)] = np.asarray(colors, np.uint8).reshape(-1, 3)
     image = Image.fromarray(labels).convert("L")
     image.putpalette(palette.tobytes())
-    _write_image(path, image)
+    _write_image(path, image, note)
 
 
 def write_rgb(path: Path, rgb: np.ndarray) -> None:
@@ -215,12 +241,12 @@ def write_array(path: Path, array: np.ndarray) -> None:
         file.write(array.data)
 
 
-def _write_image(path: Path, image: Image.Image) -> None:
+def _write_image(path: Path, image: Image.Image, note: PngInfo | None = None) -> None:
     """Encode in memory first: Pillow reports a full disk without saying which error it was."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: the suffix '{Path(path).suffix}' names no picture format; use .png")
     encoded = io.BytesIO()
-    image.save(encoded, format=kind)
+    image.save(encoded, format=kind, pnginfo=note)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded.getbuffer())
