@@ -1,0 +1,30 @@
+"""The paths given to a command, looked at before PyTorch is loaded: that takes seconds, and a slip of the hand is told at once."""
+
+import os
+from pathlib import Path
+
+from perpixel.data.layouts import refuse_missing
+
+BUNDLE = ".safetensors"
+WRITTEN = "A bundle is written by `perpixel train` as RUN/best.safetensors."
+PATTERN = set("*?[")
+
+
+def refuse_paths(command: str, bundle: Path, *others: Path | str | None) -> None:
+    """ValueError where the bundle and a later path are swapped, or one of them is not there. Patterns pass."""
+    later = [str(other) for other in others if other is not None]
+    found = next((other for other in later if other.endswith(BUNDLE)), None)
+    if found is not None and bundle.suffix != BUNDLE:
+        rest = " ".join([str(bundle), *(other for other in later if other != found)][:3])
+        raise ValueError(
+            f"{bundle} is no bundle and {found} may be one: swapped? The bundle comes first: perpixel {command} {found} {rest}"
+        )
+    refuse_missing_bundle(bundle)
+    refuse_missing(*(Path(path) for path in later if not PATTERN & set(path)))
+
+
+def refuse_missing_bundle(path: Path) -> None:
+    """ValueError where no file is."""
+    if path.is_dir() or not os.path.exists(path):  # False where the name is too long
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}. {WRITTEN}")
