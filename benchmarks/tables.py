@@ -165,6 +165,7 @@ def few_images() -> str:
         return ""
     scores = {
         "pixel_error": "pixel error", "rand_error": "Rand error", "v_rand_thinned": "V_rand, thinned", "warping_error": "warping error",
+        "differing_pixels": "differing pixels",
     }  # fmt: skip
     lines = [
         "## U-Net from few images: isbi2012",

@@ -93,7 +93,7 @@ def test_neurite_scores_and_surface_distances_are_each_run_s_own(file):
         for name in ("pixel_error", "warping_error", "rand_error", "v_rand", "v_info", "seg"):
             assert told[name][key] == pytest.approx(neurite[name], rel=1e-6)
         assert told["f1"][key] == pytest.approx(neurite["f1"]["0.5"])
-        for name in ("rand_error", "warping_error", "pixel_error", "v_rand", "v_info"):
+        for name in ("rand_error", "warping_error", "pixel_error", "differing_pixels", "v_rand", "v_info"):
             own = f"{name}_thinned" if name.startswith("v_") else name
             assert told[f"board_{name}"][key] == pytest.approx(neurite["board"]["best"][own]["value"], rel=1e-6)
         for name in ("assd", "hausdorff"):

@@ -316,7 +316,8 @@ class Neurites:
             "segments": values_table(self.segments.table[:, [0, 1, 4]]),
             "objects": np.concatenate([objects, np.reshape(self.objects.overlaps, (-1, 1))], 1),
             "board_pairs": self.board.pairs.table,
-            "board_pixels": self.board.pixels.table,
+            "board_insides": self.board.insides.table,
+            "board_breaks": self.board.pixels.table,
             "board_thinned": values_table(self.board.thinned),
         }
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 from skimage.segmentation import watershed
+from sklearn.metrics import f1_score
 
 from perpixel.metrics.segments import overlaps, pixel_pairs, rand_error, segments_of, v_info, v_rand
 from perpixel.metrics.thresholds import THRESHOLDS, Board, thinned_segments
-from perpixel.metrics.warping import Warping
+from perpixel.metrics.warping import Warping, splits_and_mergers, warp
 
 
 def section(seed, shape=(40, 50)):
@@ -78,15 +79,26 @@ def test_the_board_s_rand_error_is_the_best_of_the_thresholds_with_pairs_summed_
     assert made.best()["rand_error"] == (pytest.approx(min(errors)), THRESHOLDS[int(np.argmin(errors))])
 
 
-def test_pixel_and_warping_error_at_a_threshold_are_those_of_the_map_cut_there():
+def test_pixels_at_a_threshold_are_those_of_the_map_cut_there_and_of_what_warping_leaves_only_splits_and_mergers_count():
     made = board(range(2), thresholds=[0.3, 0.6])
     for place, threshold in enumerate((0.3, 0.6)):
-        alone = Warping()
+        alone, breaks = Warping(), []
         for seed in range(2):
             inside, probability = section(seed)
             alone.update(inside, probability > threshold)
-        assert made.curves()["pixel_error"][place] == alone.pixel_error
-        assert made.curves()["warping_error"][place] == alone.warping_error
+            breaks.append(splits_and_mergers(warp(inside, probability > threshold), probability > threshold).mean())
+        assert made.curves()["differing_pixels"][place] == alone.pixel_error
+        assert made.curves()["warping_error"][place] == pytest.approx(np.mean(breaks))
+        assert 0 < made.curves()["warping_error"][place] < alone.warping_error
+
+
+def test_the_board_s_pixel_error_is_1_minus_scikit_learn_s_f_score_of_the_pixels_inside():
+    made = board(range(3))
+    cut = [np.concatenate([section(seed)[place].ravel() for seed in range(3)]) for place in (0, 1)]
+    errors = [1 - f1_score(cut[0], cut[1] > threshold) for threshold in THRESHOLDS]
+    np.testing.assert_allclose(made.curves()["pixel_error"], errors)
+    assert made.best()["pixel_error"] == (pytest.approx(min(errors)), THRESHOLDS[int(np.argmin(errors))])
+    assert made.best()["pixel_error"][0] < made.best()["differing_pixels"][0]  # most pixels are inside, and count twice in F
 
 
 def test_a_thick_membrane_is_thinned_to_its_middle_line():
@@ -134,7 +146,7 @@ def test_a_perfect_probability_has_no_error_and_is_found_at_its_threshold():
     made.update(inside, np.where(inside, 0.75, 0.35))
     found = made.best()
     assert {name: value for name, (value, _) in found.items()} == pytest.approx(
-        {"rand_error": 0, "warping_error": 0, "pixel_error": 0, "v_rand_thinned": 1, "v_info_thinned": 1}
+        {"rand_error": 0, "warping_error": 0, "pixel_error": 0, "differing_pixels": 0, "v_rand_thinned": 1, "v_info_thinned": 1}
     )
     assert {threshold for _, threshold in found.values()} == {0.4}
 
@@ -147,7 +159,7 @@ def test_a_shift_by_a_pixel_costs_pixels_and_no_topology():
     made.update(inside, np.roll(inside, 1, 1).astype(float))
     curves = made.curves()
     assert curves["warping_error"] == [0]
-    assert curves["pixel_error"] > 0.02
+    assert curves["differing_pixels"] > 0.02
     assert 0 < curves["rand_error"] < 0.1
 
 
@@ -157,7 +169,8 @@ def test_nothing_inside_no_image_and_void_alone_are_nan_and_poison_nothing():
     flat = np.zeros((6, 6))
     empty.update(flat.astype(int), flat)
     assert math.isnan(empty.best()["rand_error"][0])
-    assert empty.best()["pixel_error"][0] == 0
+    assert math.isnan(empty.best()["pixel_error"][0])
+    assert empty.best()["differing_pixels"][0] == 0
     both, one = board([1]), board([1])
     inside, probability = section(2)
     both.update(inside, probability, np.zeros(inside.shape, bool))
@@ -169,7 +182,7 @@ def test_merged_parts_equal_one_stream_and_counts_are_whole_numbers():
     part.merge(board(range(2, 4)))
     assert part.best() == whole.best()
     assert part.pairs.names == list("0123")
-    assert whole.pairs.table.dtype == whole.pixels.table.dtype == np.int64
+    assert whole.pairs.table.dtype == whole.insides.table.dtype == whole.pixels.table.dtype == np.int64
     with pytest.raises(ValueError, match="cannot merge"):
         whole.merge(Board([0.5]))
 

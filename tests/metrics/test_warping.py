@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 from test_segments import maps
 
-from perpixel.metrics.warping import Warping, simple_table, warp
+from perpixel.metrics.warping import Warping, simple_table, splits_and_mergers, warp
 
 FOUR, EIGHT = ndimage.generate_binary_structure(2, 1), ndimage.generate_binary_structure(2, 2)
 
@@ -130,3 +130,36 @@ def test_bad_settings_are_named():
         warp(np.ones((2, 2), int), np.ones((2, 3), int))
     with pytest.raises(ValueError, match="cannot merge"):
         Warping().merge(Warping(8))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_splits_and_mergers_are_those_found_by_flipping_each_pixel_that_differs_and_labelling_anew(seed):
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.standard_normal((2, 30, 34)), (0, 1.5, 1.5))
+    truth, predicted = smooth[0] > -0.03, smooth[0] + 0.6 * smooth[1] > -0.03
+    warped = warp(truth, predicted)
+    expected = np.zeros_like(truth)
+    for y, x in np.argwhere(warped != predicted):
+        ring = np.ones((3, 3), bool)
+        ring[1, 1] = False
+        around = lambda numbers: {*np.pad(numbers, 1)[y : y + 3, x : x + 3][ring].tolist()} - {0}  # noqa: B023, E731
+        segments = around(ndimage.label(warped)[0])
+        without = warped.copy()
+        without[y, x] = False
+        expected[y, x] = len(segments) > 1 or (warped[y, x] and len(around(ndimage.label(without)[0])) > 1)
+    found = splits_and_mergers(warped, predicted)
+    np.testing.assert_array_equal(found, expected)
+    assert found.any()
+    assert (found != (warped != predicted)).any()  # holes, and objects that come or go, do not count
+
+
+def test_a_gap_in_a_membrane_and_a_line_through_a_cell_count_and_a_hole_and_a_lost_cell_do_not():
+    truth = np.ones((9, 20), bool)
+    truth[:, 10] = False
+    merged, split, holed, lost = (truth.copy() for _ in range(4))
+    merged[4, 10] = True
+    split[:, 5] = False
+    holed[3:6, 3:6] = False
+    lost[:, 10:] = False
+    counts = [splits_and_mergers(warp(truth, predicted), predicted).sum() for predicted in (merged, split, holed, lost)]
+    assert counts == [1, 1, 0, 0]  # a line is warped into a slit up to its last pixel

@@ -203,7 +203,7 @@ _NEURITE = tuple(
         bind,
         by_class=False,
         of_images=table in _MEANS_OF_IMAGES,
-        less="error" in name,
+        less="error" in name or "differing" in name,
         unit="",
         digits=6 if "warping" in name else 4,
     )
@@ -216,8 +216,9 @@ _NEURITE = tuple(
         ("seg", "SEG", "objects", _share(3, [0])),
         ("f1", "F1 of objects at IoU 0.5", "objects", _share(2, [0, 1], 2.0)),
         ("board_rand_error", "Rand error, best threshold", "board_pairs", _best(lambda sums: 1 - tallies.dice(sums), True)),
-        ("board_warping_error", "warping error, best threshold", "board_pixels", _best(_shares_at(2), True)),
-        ("board_pixel_error", "pixel error, best threshold", "board_pixels", _best(_shares_at(1), True)),
+        ("board_warping_error", "splits and mergers, best threshold", "board_breaks", _best(_shares_at(2), True)),
+        ("board_pixel_error", "pixel error (1 - F), best threshold", "board_insides", _best(lambda sums: 1 - tallies.dice(sums), True)),
+        ("board_differing_pixels", "differing pixels, best threshold", "board_breaks", _best(_shares_at(1), True)),
         ("board_v_rand", "V_rand thinned, best threshold", "board_thinned", _best(lambda sums: value_mean(sums[..., 0, :]), False)),
         ("board_v_info", "V_info thinned, best threshold", "board_thinned", _best(lambda sums: value_mean(sums[..., 1, :]), False)),
     )

@@ -1,9 +1,10 @@
 """Neurite scores as the boards of the EM segmentation challenge report them: the best over thresholds of the membrane's probability.
 
-Sources: Arganda-Carreras et al. 2015 (Frontiers in Neuroanatomy 9:142); what that text leaves open is as in the organisers' program for
-ImageJ (Trainable Segmentation, package metrics): thresholds in steps of a tenth, pixels predicted to be outside as segments of their own,
-pairs of pixels summed over the sections for the board of 2012, and for that of 2015 the mean of the sections, with the prediction's
-membranes thinned to one pixel by a watershed.
+Sources: Arganda-Carreras et al. 2015 (Frontiers in Neuroanatomy 9:142) and the challenge's page on its evaluation; what these leave open
+is as in the organisers' program for ImageJ (Trainable Segmentation, package metrics): thresholds in steps of a tenth, pixels predicted to
+be outside as segments of their own, the pixel error from the F-score of the inside, the warping error from splits and mergers alone, pairs
+and pixels summed over the sections for the board of 2012, and for that of 2015 the mean of the sections, with the prediction's membranes
+thinned to one pixel by a watershed.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 from perpixel.metrics.pairs import integer_map
 from perpixel.metrics.segments import overlaps, pixel_pairs, segments_of, v_info, v_rand
 from perpixel.metrics.tallies import PerImage
-from perpixel.metrics.warping import warp
+from perpixel.metrics.warping import splits_and_mergers, warp
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))  # at 0 and at 1 everything is one or the other
 
@@ -29,7 +30,8 @@ class Board:
 
     Attributes:
         pairs: of each image (T, 3) pairs of true-inside pixels that are together in both, in the prediction and in the truth.
-        pixels: of each image (T, 3) pixels, pixels that differ, and pixels that differ from the warped truth (`warping.warp`).
+        insides: of each image (T, 3) pixels that are inside in both, in the prediction and in the truth.
+        pixels: of each image (T, 3) pixels, pixels that differ, and those that split or merge after warping (`warping.splits_and_mergers`).
         thinned: per image (T, 2) V_rand and V_info of the thinned prediction (`thinned_segments`); NaN where there is no true inside.
     """
 
@@ -38,7 +40,7 @@ class Board:
         if not thresholds or list(thresholds) != sorted(set(thresholds)) or min(thresholds) < 0 or max(thresholds) >= 1:
             raise ValueError(f"thresholds are {list(thresholds)}; they must rise, from 0 to below 1")
         self.thresholds = tuple(thresholds)
-        self.pairs, self.pixels = (PerImage((len(self.thresholds), 3)) for _ in range(2))
+        self.pairs, self.insides, self.pixels = (PerImage((len(self.thresholds), 3)) for _ in range(3))
         self._thinned: list[np.ndarray] = []
 
     def update(self, truth: Tensor | np.ndarray, inside: Tensor | np.ndarray, known: np.ndarray | None = None, name: str = "") -> None:
@@ -60,16 +62,18 @@ class Board:
         if not ((probability >= 0) & (probability <= 1)).all():
             raise ValueError("inside has values that are not from 0 to 1; it must be a probability (logits need softmax first)")
         segments = segments_of(true)
-        pairs, pixels, scores = [], [], []
+        pairs, insides, pixels, scores = [], [], [], []
         for threshold in self.thresholds:
             guess = (probability > threshold) & counted
             drawn = segments_of(guess)
             pairs.append(pixel_pairs(overlaps(segments, drawn), alone=True))
-            wrong = ((true != guess) & counted).sum(), ((warp(true, guess) != guess) & counted).sum()
-            pixels.append((counted.sum(), *wrong))
+            insides.append(((true & guess).sum(), guess.sum(), true.sum()))
+            breaks = splits_and_mergers(warp(true, guess), guess)
+            pixels.append((counted.sum(), ((true != guess) & counted).sum(), (breaks & counted).sum()))
             thin = overlaps(segments, np.where(counted, thinned_segments(drawn), 0))
             scores.append((v_rand(thin, alone=True).score, v_info(thin, alone=True).score))
         self.pairs.add(np.array(pairs), name)
+        self.insides.add(np.array(insides), name)
         self.pixels.add(np.array(pixels), name)
         self._thinned.append(np.array(scores))
 
@@ -78,6 +82,7 @@ class Board:
         if other.thresholds != self.thresholds:
             raise ValueError(f"cannot merge scores at thresholds {other.thresholds} and {self.thresholds}")
         self.pairs.merge(other.pairs)
+        self.insides.merge(other.insides)
         self.pixels.merge(other.pixels)
         self._thinned += other._thinned
 
@@ -94,9 +99,10 @@ class Board:
         pixels = self.pixels.total
         shares = np.divide(pixels[:, 1:], pixels[:, :1], out=np.full((len(pixels), 2), np.nan), where=pixels[:, :1] > 0)
         return {
-            "rand_error": pair_error(self.pairs.total),
+            "rand_error": f_error(self.pairs.total),
             "warping_error": shares[:, 1],
-            "pixel_error": shares[:, 0],
+            "pixel_error": f_error(self.insides.total),
+            "differing_pixels": shares[:, 0],
             "v_rand_thinned": means[:, 0],
             "v_info_thinned": means[:, 1],
         }
@@ -108,13 +114,13 @@ class Board:
             if np.isnan(curve).all():
                 found[name] = (math.nan, math.nan)
             else:
-                place = int(np.nanargmin(curve) if name.endswith("error") else np.nanargmax(curve))
+                place = int(np.nanargmax(curve) if name.startswith("v_") else np.nanargmin(curve))
                 found[name] = (float(curve[place]), self.thresholds[place])
         return found
 
 
-def pair_error(pairs: np.ndarray) -> np.ndarray:
-    """(...): 1 - F of pairs (..., 3) together in both, in the prediction, in the truth; NaN where none is in either."""
+def f_error(pairs: np.ndarray) -> np.ndarray:
+    """(...): 1 - F of what (..., 3) counts in both, in the prediction, in the truth; NaN where none is in either."""
     either = np.asarray(pairs[..., 1] + pairs[..., 2], np.float64)
     return 1 - np.divide(2 * pairs[..., 0], either, out=np.full(either.shape, np.nan), where=either > 0)
 

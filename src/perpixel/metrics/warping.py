@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perpixel.metrics.bands import steps_to_change
 from perpixel.metrics.pairs import integer_map
+from perpixel.metrics.segments import segments_of
 from perpixel.metrics.tallies import PerImage
 
 # Around a pixel, as bits 0 to 7 of the index into a table: from the right neighbour counter-clockwise.
@@ -95,6 +96,25 @@ def warp(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, connectivit
     return warped[1:-1, 1:-1]
 
 
+def splits_and_mergers(warped: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Where a disagreement that is left after warping splits a segment or merges several: all that the board of the EM challenge counts.
+
+    Of holes and of objects that come or go nothing is counted. Segments are 4-connected, as those of `warp` are by default.
+
+    Args:
+        warped: (H, W) bool, from `warp`.
+        predicted: (H, W) bool.
+
+    Returns:
+        (H, W) bool: outside pixels with more than one segment among their eight neighbours, which the prediction joins, and inside pixels
+        without which these neighbours belong to more than one segment, which the prediction parts.
+
+    Source: the "minimum splits and mergers warping error" of the challenge's page, as its organisers' program has it.
+    """
+    numbers = np.pad(segments_of(warped), 1)
+    return np.asarray(_breaks(numbers, np.pad(warped != predicted, 1), _AROUND)[1:-1, 1:-1])
+
+
 def simple_table(connectivity: int) -> np.ndarray:
     """(256,) bool: whether a pixel is simple, by the bits of its neighbours as in `_AROUND`.
 
@@ -145,3 +165,50 @@ def _flip(warped, free, simple, around):  # type: ignore[no-untyped-def]
                 place = (head + size) % len(queue)
                 queue[place, 0], queue[place, 1] = v, u
                 size += 1
+
+
+@njit(cache=True, nogil=True)
+def _breaks(numbers, differs, around):  # type: ignore[no-untyped-def]
+    """See `splits_and_mergers`; all have a frame of 0, and `numbers` are those of the warped segments."""
+    height, width = numbers.shape
+    found = np.zeros((height, width), np.bool_)
+    seen = np.zeros((height, width), np.int64)  # the last pixel from whose neighbour it was reached
+    queue = np.empty((height * width, 2), np.int32)
+    for y in range(1, height - 1):
+        for x in range(1, width - 1):
+            if not differs[y, x]:
+                continue
+            own, first = numbers[y, x], 0
+            for bit in range(8):
+                number = numbers[y + around[bit, 0], x + around[bit, 1]]
+                if number and not first:
+                    first = number
+                elif number and number != first:
+                    found[y, x] = True
+            if found[y, x] or not own:
+                continue
+            # All neighbours inside are of this segment: are they still together without the pixel?
+            mark, size, head, start = y * width + x, 0, 0, -1
+            seen[y, x] = mark
+            for bit in range(8):
+                if numbers[y + around[bit, 0], x + around[bit, 1]] == own:
+                    start = bit
+            if start < 0:
+                continue
+            queue[0] = y + around[start, 0], x + around[start, 1]
+            seen[queue[0, 0], queue[0, 1]] = mark
+            size = 1
+            while head < size:
+                v, u = queue[head]
+                head += 1
+                for bit in range(0, 8, 2):  # straight neighbours
+                    b, a = v + around[bit, 0], u + around[bit, 1]
+                    if numbers[b, a] == own and seen[b, a] != mark:
+                        seen[b, a] = mark
+                        queue[size] = b, a
+                        size += 1
+            for bit in range(8):
+                v, u = y + around[bit, 0], x + around[bit, 1]
+                if numbers[v, u] == own and seen[v, u] != mark:
+                    found[y, x] = True
+    return found
