@@ -174,7 +174,8 @@ def few_images() -> str:
         "scored by a net that has not seen it, at the best threshold over all slices, as the board does (plain U-Nets of later years "
         "have a V_rand of 0.96 there). The gain is that over the first row with its 95 % interval over the slices; errors fall where "
         "it is negative. Nets of width 8, trained for 200 updates, underfit, so deformation and more slices have nothing to mend: "
-        "such a row says what holds at this budget, not that the paper's gain is absent at its own.",
+        "such a row says what holds at this budget, not that the paper's gain is absent at its own. The board's pixel error is 1 - F of "
+        "the inside, its warping error counts splits and mergers alone (docs/scores.md).",
         "",
     ]
     for run in runs:
@@ -191,7 +192,15 @@ def few_images() -> str:
             gains = row.get("against_the_first_row")
             spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*gains[score]) if gains else "-" for score in scores]
             lines.append(f"| {name} | {row['slices']} | {' | '.join(best)} | {' | '.join(spans)} |")
-        lines.append("")
+        first = next(iter(run["rows"].values()))["pixels"]
+        near = first["of_them_near_an_edge"]
+        lines += [
+            "",
+            f"At a threshold of 0.5 the first row's nets are wrong in {100 * first['wrong']:.1f} % of the pixels, and in "
+            f"{100 * first['wrong_where_trained']:.1f} % of those they were trained on. Of the wrong pixels {100 * near['1']:.0f} % touch an "
+            f"edge of the truth and {100 * near['2']:.0f} % lie within two pixels of one: where a membrane ends.",
+            "",
+        ]
     return "\n".join(lines)
 
 

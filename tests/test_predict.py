@@ -98,7 +98,7 @@ def test_masks_of_zero_and_one_as_booleans_are_black_and_white(segmenter):
         (np.zeros((2, 4, 4, 3), np.uint8), r"must be \(H, W\) or \(H, W, C\), got \(2, 4, 4, 3\)"),
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
         (np.full((4, 4, 3), np.nan), "48 values that are NaN or infinite"),
-        (np.full((4, 4, 3), 200.0), "float values from 200 to 200; this model was trained on uint8"),
+        (np.full((4, 4, 3), 200.0), "values of neither uint8 nor uint16, from 200 to 200; this model was trained on uint8"),
         (torch.zeros(4, 4), r"must be \(C, H, W\)"),
     ],
 )

@@ -8,16 +8,36 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field may have."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for one in get_args(annotation) for kind in _kinds(one)}
+    return {annotation}
 
 
 class Section(BaseModel):
     """One part of a recipe. Unknown keys are errors, values are checked."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python, and so pydantic, takes true for 1."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise PydanticKnownError("float_type" if float in kinds else "int_type")
+        return value
 
 
 class DataSection(Section):
@@ -90,7 +110,7 @@ class LossTerm(Section):
     weight: float = Field(1.0, gt=0)
 
 
-ClassWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ClassWeight = Annotated[float, Field(ge=0)]
 
 
 class TrainSection(Section):

@@ -48,7 +48,7 @@ def conform(image: np.ndarray, bands: int, dtype: str, source: str) -> np.ndarra
     if image.dtype == dtype:
         return image
     if image.dtype == np.float32 and (image.min() < 0 or image.max() > 1):
-        found = f"float values from {image.min():g} to {image.max():g}"
+        found = f"values of neither uint8 nor uint16, from {image.min():g} to {image.max():g}"
         raise ValueError(f"{source}: {found}; this model was trained on {dtype}. Give {dtype} values, or floats from 0 to 1.")
     unit = image.astype(np.float32) / np.float32(FULL_SCALE[str(image.dtype)])
     return unit if dtype == "float32" else np.rint(unit.clip(0, 1) * FULL_SCALE[dtype]).astype(dtype)
