@@ -106,8 +106,8 @@ def test_neurite_scores_and_surface_distances_are_each_run_s_own(file):
 def test_the_interval_of_the_board_s_rand_error_draws_sections_and_chooses_the_threshold_anew(file):
     """A slow bootstrap of its own, with other draws."""
     options = {"classes": CLASSES[:2], "groups": ("neurite",)}
-    one, two = (evaluation(rate, seed=seed, **options).scores.tables()["board_pairs"] for seed, rate in enumerate((0.3, 0.28)))
-    found = compare([file("a", 0.3, **options), file("b", 0.28, seed=1, **options)])[0].differences["board_rand_error"]
+    one, two = (evaluation(rate, seed=seed, **options).scores.tables()["board_pairs"] for seed, rate in enumerate((0.06, 0.05)))
+    found = compare([file("a", 0.06, **options), file("b", 0.05, seed=1, **options)])[0].differences["board_rand_error"]
     random, gains = np.random.default_rng(3), []
     for _ in range(2000):
         drawn = random.integers(0, 12, 12)

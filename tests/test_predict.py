@@ -1,5 +1,6 @@
 """From image files to label files: sizes, palette, places, and what happens to a picture that cannot be read."""
 
+import shutil
 import warnings
 
 import numpy as np
@@ -277,23 +278,54 @@ def test_what_is_written_beside_the_labels_never_overwrites_an_input_either(segm
     assert [inside for inside in out.rglob("*") if inside.is_file()] == [path]
 
 
+def draw(path):
+    """A mask by another program, as a file or a zarr array with attributes of its own."""
+    if path.suffix == ".zarr":
+        zarr = pytest.importorskip("zarr")
+        zarr.create_array(path, shape=(8, 8), dtype="uint8", attributes={"layer": "roads drawn by hand"})[:] = 3
+        return path / "zarr.json"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(noise(8, 8)).save(path)
+    return path
+
+
 @pytest.mark.parametrize("format", ["png", "tif", "zarr"])
 def test_labels_replace_predicted_ones_but_never_what_perpixel_has_not_predicted(segmenter, tmp_path, out, format):
     """`predict model.safetensors photos -o masks` would replace what a person has drawn for days."""
-    if format == "zarr":
-        pytest.importorskip("zarr")
     image, target = save(tmp_path / "in" / "a.jpg", noise(8, 8, 3)), out / f"a.{format}"
     for _ in range(2):
         assert predict_files(segmenter, [image], out, Task(format=format)).written == [target]
-    for predicted in [target] if target.is_file() else target.glob("*.json"):
-        predicted.unlink()
-    drawn = target if format != "zarr" else target / "of-another-program"
-    drawn.parent.mkdir(exist_ok=True)
-    Image.fromarray(noise(8, 8)).save(drawn, format="tiff" if format == "tif" else "png")
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    drawn = draw(target)
     before = drawn.read_bytes()
-    with pytest.raises(ValueError, match=rf"a\.{format} is there, and perpixel has not predicted it: choose another folder, or remove it"):
-        predict_files(segmenter, [image], out, Task(format=format))
+    with pytest.raises(ValueError, match=rf"a\.{format} is there, and does not say that perpixel has predicted it: choose another folder"):
+        predict_files(segmenter, [save(tmp_path / "in" / "0.png", noise(8, 8, 3)), image], out, Task(format=format))
     assert drawn.read_bytes() == before
+    assert [path for path in out.iterdir() if not path.name.startswith(".")] == [target]  # told before the first is predicted
+
+
+def test_a_mask_in_the_place_of_labels_that_only_reading_the_image_tells_leaves_that_one_out(segmenter, tmp_path, out):
+    """A TIFF may become .png or .tif: beside a mask under the name that it does not get it is predicted, and the others anyway."""
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8, 3), photometric="rgb")
+    other = save(tmp_path / "b.png", noise(8, 8, 3))
+    drawn = draw(out / "a.tif")
+    assert len(predict_files(segmenter, [tmp_path / "a.tif", other], out).written) == 2
+    (out / "a.png").unlink()
+    before = draw(out / "a.png").read_bytes()
+    result = predict_files(segmenter, [tmp_path / "a.tif", other], out)
+    assert (result.written, list(result.damaged)) == ([out / "b.png"], [str(tmp_path / "a.tif")])
+    assert (drawn.exists(), (out / "a.png").read_bytes()) == (True, before)
+
+
+def test_an_interrupted_prediction_goes_on_where_labels_it_had_written_were_corrected_meanwhile(segmenter, tmp_path, out):
+    images = [save(tmp_path / "in" / f"{number}.png", noise(8, 8, 3, seed=number)) for number in range(3)]
+    (tmp_path / "in" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty"):
+        predict_files(segmenter, images, out, Task(strict=True))
+    corrected = draw(out / "0.png").read_bytes()
+    save(tmp_path / "in" / "1.png", noise(8, 8, 3, seed=1))
+    assert len(predict_files(segmenter, images, out, Task(strict=True)).written) == 3
+    assert (out / "0.png").read_bytes() == corrected
 
 
 def test_an_empty_file_in_the_place_of_labels_is_replaced(segmenter, tmp_path, out):

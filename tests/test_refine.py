@@ -95,9 +95,16 @@ def test_a_refined_label_image_replaces_another_but_never_a_mask_of_somebody_els
         assert len(refine_files(folders / "images", folders / "scores", folders / "out")) == 1
     Image.fromarray(IMAGE[..., 0]).save(folders / "out" / "1.png")
     before = (folders / "out" / "1.png").read_bytes()
-    with pytest.raises(ValueError, match=r"1\.png is there, and perpixel has not predicted it"):
+    with pytest.raises(ValueError, match=r"1\.png is there, and does not say that perpixel has predicted it"):
         refine_files(folders / "images", folders / "scores", folders / "out")
     assert (folders / "out" / "1.png").read_bytes() == before
+
+
+def test_refined_probabilities_never_overwrite_the_scores_they_are_refined_from(folders):
+    (folders / "scores").rename(folders / "probabilities")
+    with pytest.raises(ValueError, match=r"1\.npy are the scores themselves"):
+        refine_files(folders / "images", folders / "probabilities", folders, with_probabilities=True)
+    np.testing.assert_array_equal(np.load(folders / "probabilities" / "1.npy"), LOGITS)
 
 
 def test_two_scores_of_one_name_are_refused_as_either_could_be_meant(folders):

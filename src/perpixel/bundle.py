@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perpixel.arguments import WRITTEN, refuse_missing_bundle
 from perpixel.data.images import FULL_SCALE
 from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
@@ -28,6 +27,7 @@ from perpixel.models import build
 from perpixel.models.encoders import fit_bands, is_pickled, no_weights
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
+from perpixel.paths import WRITTEN, refuse_missing_bundle
 
 __all__ = [
     "Bundle",

@@ -396,7 +396,7 @@ def _labels(options: list[str] | None) -> dict[int, int]:
 
 
 def _refuse_paths(command: str, bundle: Path, *others: Path | str | None) -> None:
-    from perpixel.arguments import refuse_paths
+    from perpixel.paths import refuse_paths
 
     refuse_paths(command, bundle, *others)
 

@@ -26,7 +26,7 @@ from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import files_behind, find_sources, open_source
 from perpixel.data.windows import Source, hole_lines
-from perpixel.data.writing import is_foreign, write_array, write_labels, write_rgb
+from perpixel.data.writing import refuse_foreign, write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of, noted_in
 from perpixel.tiling import at_once
@@ -129,6 +129,7 @@ def predict_files(
     read = {file.resolve() for path in {picture.path for picture in pictures} for file in files_of(path)}
     _refuse_collisions(pictures, out, task, read)
     run = _Run(segmenter, task, out, pictures, read, progress or (lambda *_: None), tell or (lambda _: None))
+    run.refuse_foreign()
     with closing(run), ahead(map(run.opened, enumerate(pictures)), WAITING) as sources, behind(WAITING) as do:
         for number, source in sources:
             run.picture(number, source, partial(do, _writing))
@@ -198,6 +199,13 @@ class _Run:
             return number, error
         except MemoryError:
             return number, PictureError(f"{picture}: does not fit into memory, decoded whole; write it as a tiled TIFF, read in parts")
+
+    def refuse_foreign(self) -> None:
+        """Before any work, where it is known already what will be written: see `refuse_foreign`. Of the others each is refused alone."""
+        for picture in self.pictures:
+            kind = self.task.format if self.task.format != "auto" else "png" if picture.path.suffix.lower() in ORDINARY else None
+            if kind is not None and not self.journal.settled(self.key(picture)):
+                refuse_foreign(self.task.files(self.out, picture.name, kind)["labels"])
 
     def close(self) -> None:
         """Close what an error has left open: of the picture in hand, those that wait, and those whose writing was dropped."""
@@ -343,6 +351,7 @@ class _Run:
         if kind == "zarr" and find_spec("zarr") is None:
             raise _HopelessError(f"{targets['labels']}: writing zarr needs zarr; pip install 'perpixel[zarr]' adds it")
         _refuse_overwriting(picture, targets, self.inputs)
+        refuse_foreign(targets["labels"])
         if long := [target.name for target in targets.values() if len(os.fsencode(target.name)) > 255]:
             raise ValueError(f"{picture}: its output {long[0]} would have more than the 255 bytes of a file name; rename the picture")
         return targets
@@ -426,8 +435,6 @@ def _writing(function: Callable[..., None], *arguments: Any) -> None:
 def _refuse_overwriting(picture: Picture, targets: dict[str, Path], inputs: set[Path]) -> None:
     if hit := [target for target in targets.values() if target.resolve() in inputs]:
         raise _HopelessError(f"{hit[0]} is an input, and what is written for {picture} would overwrite it; choose another folder.")
-    if is_foreign(targets["labels"]):
-        raise _HopelessError(f"{targets['labels']} is there, and perpixel has not predicted it: choose another folder, or remove it")
 
 
 def _refuse_collisions(pictures: Sequence[Picture], out: Path, task: Task, inputs: set[Path]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perpixel.data.display import default_colors
 from perpixel.data.images import find_pictures, read_image
-from perpixel.data.writing import is_foreign, write_array, write_labels
+from perpixel.data.writing import refuse_foreign, write_array, write_labels
 from perpixel.refinement.refiners import build_refiner
 
 SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
@@ -71,13 +71,16 @@ def refine_files(
     Raises:
         ValueError: as `refine`; or scores are missing for an image, or two files of a folder have one name, up to its suffix.
     """
-    written = []
-    for image, belonging in _pairs(images, scores):
-        target = out / f"{image.stem}.png"
+    pairs, written = _pairs(images, scores), []
+    for image, belonging in pairs:  # all are looked at before the first is refined
+        target, shares = _targets(image, out)
         if target.resolve() == image.resolve():
             raise ValueError(f"{target} is the image itself; choose another folder.")
-        if is_foreign(target):
-            raise ValueError(f"{target} is there, and perpixel has not predicted it: choose another folder, or remove it")
+        if with_probabilities and shares.resolve() == belonging.resolve():
+            raise ValueError(f"{shares} are the scores themselves; choose another folder.")
+        refuse_foreign(target)
+    for image, belonging in pairs:
+        target, shares = _targets(image, out)
         pixels, given = np.moveaxis(read_image(image), 0, -1), read_scores(belonging)
         try:
             probabilities = refine(pixels, given, refiner, options, kind)
@@ -87,9 +90,14 @@ def refine_files(
         labels = labels.astype(np.uint8 if len(probabilities) <= 255 else np.uint16)
         write_labels(target, labels, default_colors(len(probabilities)), predicted=True)
         if with_probabilities:
-            write_array(out / "probabilities" / f"{image.stem}.npy", probabilities.astype(np.float16))
+            write_array(shares, probabilities.astype(np.float16))
         written.append(target)
     return written
+
+
+def _targets(image: Path, out: Path) -> tuple[Path, Path]:
+    """Where labels and probabilities go."""
+    return out / f"{image.stem}.png", out / "probabilities" / f"{image.stem}.npy"
 
 
 def _pairs(images: Path, scores: Path) -> list[tuple[Path, Path]]:

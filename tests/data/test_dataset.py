@@ -74,7 +74,9 @@ def test_other_bands_are_refused_by_name(found, wanted):
 
 
 def test_floats_beyond_0_to_1_do_not_pass_for_a_photograph():
-    with pytest.raises(ValueError, match=r"a\.tif: values of neither uint8 nor uint16, from 0 to 255; this model was trained on uint8\. Give uint8 values"):
+    with pytest.raises(
+        ValueError, match=r"a\.tif: values of neither uint8 nor uint16, from 0 to 255; this model was trained on uint8\. Give uint8 values"
+    ):
         conform(np.array([[[0, 255]]], np.float32), 1, "uint8", "a.tif")
     own = np.array([[[-40, 255]]], np.float32)
     assert conform(own, 1, "float32", "a.tif") is own

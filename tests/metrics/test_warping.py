@@ -78,7 +78,7 @@ def least(truth, predicted, connectivity):
 def test_on_tiny_maps_no_warp_at_all_is_better_than_the_bound_and_nearly_always_none_is_worse():
     rng = np.random.default_rng(0)
     gaps = []
-    for _ in range(12):
+    for _ in range(24):
         truth, predicted = rng.random((2, 3, 3)) < 0.5
         gaps.append((warp(truth, predicted) != predicted).sum() - least(truth, predicted, 4))
     assert min(gaps) >= 0
@@ -147,7 +147,7 @@ def test_splits_and_mergers_are_those_found_by_flipping_each_pixel_that_differs_
         without = warped.copy()
         without[y, x] = False
         expected[y, x] = len(segments) > 1 or (warped[y, x] and len(around(ndimage.label(without)[0])) > 1)
-    found = splits_and_mergers(warped, predicted)
+    found = splits_and_mergers(warped, predicted, radius=40)
     np.testing.assert_array_equal(found, expected)
     assert found.any()
     assert (found != (warped != predicted)).any()  # holes, and objects that come or go, do not count
@@ -163,3 +163,30 @@ def test_a_gap_in_a_membrane_and_a_line_through_a_cell_count_and_a_hole_and_a_lo
     lost[:, 10:] = False
     counts = [splits_and_mergers(warp(truth, predicted), predicted).sum() for predicted in (merged, split, holed, lost)]
     assert counts == [1, 1, 0, 0]  # a line is warped into a slit up to its last pixel
+
+
+def test_a_cut_through_a_ring_counts_where_its_ends_meet_only_farther_off_than_the_radius():
+    ring = np.zeros((61, 61), bool)
+    ring[1:-1, 1:-1], ring[6:-6, 6:-6] = True, False
+    cut = ring.copy()
+    cut[1:6, 30] = False
+    warped = warp(ring, cut)
+    assert [splits_and_mergers(warped, cut, radius).sum() for radius in (20, 60)] == [1, 0]
+
+
+def test_numbers_and_booleans_of_a_map_split_and_merge_alike():
+    truth, predicted = maps(0)
+    numbers = splits_and_mergers(255 * truth.astype(np.uint8), predicted.astype(int))
+    np.testing.assert_array_equal(numbers, splits_and_mergers(truth, predicted))
+    with pytest.raises(ValueError, match="same"):
+        splits_and_mergers(truth, predicted[1:])
+
+
+def test_a_pass_goes_from_the_most_certain_pixel_to_the_least():
+    """A membrane of five pixels that the prediction lacks is eaten from where it is surest; one line of it stays, as it parts two cells."""
+    truth = np.ones((9, 25), bool)
+    truth[:, 10:15] = False
+    for line in range(10, 15):
+        certainty = abs(np.arange(25) - line) * np.ones((9, 1))
+        left = warp(truth, np.ones_like(truth), certainty=certainty) != True  # noqa: E712
+        assert np.flatnonzero(left.any(0)).tolist() == [line]

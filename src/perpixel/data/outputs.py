@@ -12,7 +12,7 @@ import tifffile
 from perpixel.data.geo import NODATA_TAG
 from perpixel.data.mosaics import Mosaic
 from perpixel.data.windows import Place, Source
-from perpixel.data.writing import VOID_COLOR, replacing, replacing_folder, write_labels
+from perpixel.data.writing import PREDICTED, VOID_COLOR, replacing, replacing_folder, write_labels
 
 TIFF_LIMIT = 2**32 - 2**24  # bytes of encoded tiles that leave a classic TIFF room for its tags
 FORMATS = ("auto", "png", "tif", "zarr")
@@ -81,7 +81,7 @@ def _write_tiff(path: Path, mosaic: Mosaic, name: str, legend: Legend, place: Pl
     colormap = None
     if name == "labels":
         ignore = int(np.iinfo(layer.dtype).max)
-        described |= {"colors": [list(color) for color in legend.colors], "ignore": ignore}
+        described |= {"colors": [list(color) for color in legend.colors], "ignore": ignore, PREDICTED[0].lower(): PREDICTED[1]}
         extra.append((NODATA_TAG, 2, 0, str(ignore), True))
         if layer.dtype == "uint8":
             colormap = np.zeros((3, 256), np.uint16)
@@ -139,7 +139,12 @@ def _write_zarr(path: Path, mosaic: Mosaic, name: str, legend: Legend) -> None:
             chunks=chunks,
             dtype=layer.dtype,
             dimension_names=["c", "y", "x"][-len(shape) :],
-            attributes={"classes": list(legend.classes), "colors": [list(color) for color in legend.colors], "layer": name},
+            attributes={
+                "classes": list(legend.classes),
+                "colors": [list(color) for color in legend.colors],
+                "layer": name,
+                **({PREDICTED[0].lower(): PREDICTED[1]} if name == "labels" else {}),
+            },
         )
         for part in mosaic.grid.blocks:
             array[..., part.top : part.top + part.height, part.left : part.left + part.width] = mosaic.array(part, name)

@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows: what a killed process leaves is not found again
     fcntl = None  # type: ignore[assignment]
 
-PREDICTED = ("Description", "labels predicted by perpixel")  # a text in PNGs, which tells them from masks drawn by hand
+PREDICTED = ("Description", "labels predicted by perpixel")  # a text in label images, which tells them from masks drawn by hand
 VOID_COLOR = (224, 224, 192)  # index 255 of the Pascal VOC colour map: "void"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -163,21 +164,39 @@ def _is_full(error: BaseException) -> bool:
     return False
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether something is there that no prediction has written: a mask drawn by hand, say, which nobody wants replaced.
+def refuse_foreign(path: Path) -> None:
+    """ValueError where something is that does not say it was predicted: a mask drawn by hand, say, which nobody wants replaced."""
+    if is_foreign(path):
+        raise ValueError(f"{path} is there, and does not say that perpixel has predicted it: choose another folder, or remove it")
 
-    Predicted labels are told by what `write_labels` and `outputs.write_layer` put into them. An empty file is nobody's.
+
+def is_foreign(path: Path) -> bool:
+    """Whether something is there that does not say it was predicted, in the text PREDICTED of a PNG, a TIFF or a zarr array.
+
+    An empty file is nobody's. Labels that were corrected in place by a tool that keeps such texts are not told from predicted ones.
     """
+    for _ in range(3):
+        with contextlib.suppress(FileNotFoundError):  # removed, or about to be replaced by another process: look again
+            return _is_foreign(path)
+        time.sleep(0.02)
+    return os.path.exists(path)
+
+
+def _is_foreign(path: Path) -> bool:
+    if not os.path.exists(path):  # so too where the name is too long
+        return False
+    if path.is_dir():
+        return PREDICTED[1] not in (path / "zarr.json").read_text("utf-8", "replace")
+    if not path.stat().st_size:
+        return False
     try:
-        if not os.path.exists(path) or (path.is_file() and not path.stat().st_size):  # where the name is too long, nothing is there
-            return False
-        if path.is_dir():
-            return '"layer"' not in (path / "zarr.json").read_text("utf-8", "replace")
         if path.suffix == ".tif":
             with tifffile.TiffFile(path) as file:
-                return not file.pages.first.description.startswith('{"layer"')
+                return PREDICTED[1] not in file.pages.first.description
         with Image.open(path) as image:
             return image.info.get(PREDICTED[0]) != PREDICTED[1]
+    except FileNotFoundError:
+        raise
     except Exception:  # whatever a damaged file makes of the readers
         return True
 

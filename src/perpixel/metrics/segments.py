@@ -105,33 +105,21 @@ class Segments:
         return {name: math.nan if np.isnan(values).all() else float(np.nanmean(values)) for name, values in columns}
 
 
-def rand_error(pairs: Pairs, alone: bool = False) -> float:
+def rand_error(pairs: Pairs) -> float:
     """1 - F of pairs of different true-foreground pixels: precision is pairs together in both by those together in the prediction.
 
-    Args:
-        pairs: from `overlaps`.
-        alone: whether each pixel predicted to be 0 is a segment of its own, as on the board of the EM challenge of 2012; else they are
-            one segment together.
+    `pairs` is from `overlaps`.
     """
-    both, predicted, true = pixel_pairs(pairs, alone)
+    both, predicted, true = (int((counts * (counts - 1)).sum()) for counts in foreground(pairs))
     if predicted + true == 0:
         return 0.0 if len(foreground(pairs)[0]) else math.nan
     return 1 - 2 * both / (predicted + true)
 
 
-def pixel_pairs(pairs: Pairs, alone: bool = False) -> tuple[int, int, int]:
-    """Pairs of different true-foreground pixels that are together in both, in the prediction, and in the truth.
-
-    Arguments as in `rand_error`.
-    """
-    both, predicted, true = (int((counts * (counts - 1)).sum()) // 2 for counts in foreground(pairs, alone))
-    return both, predicted, true
-
-
 def v_rand(pairs: Pairs, alone: bool = False) -> SplitMerge:
     """Foreground-restricted Rand score; split is sum p_ij^2 / sum t_j^2 (truth), merge sum p_ij^2 / sum s_i^2 (prediction).
 
-    Arguments as in `rand_error`.
+    Arguments as in `foreground`.
     """
     both, predicted, true = (float((counts.astype(np.float64) ** 2).sum()) for counts in foreground(pairs, alone))
     if true == 0:
@@ -142,7 +130,7 @@ def v_rand(pairs: Pairs, alone: bool = False) -> SplitMerge:
 def v_info(pairs: Pairs, alone: bool = False) -> SplitMerge:
     """Foreground-restricted information score 2 I(S; T) / (H(S) + H(T)); split is I / H(S) (prediction), merge I / H(T).
 
-    Where both are one segment there is nothing to tell apart, and the scores are 1. Arguments as in `rand_error`.
+    Where both are one segment there is nothing to tell apart, and the scores are 1. Arguments as in `foreground`.
     """
     counts = foreground(pairs, alone)
     if not counts[0].sum():
@@ -210,7 +198,13 @@ class Objects:
 
 
 def foreground(pairs: Pairs, alone: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels of each pair, each predicted and each true segment, within the true foreground. Arguments as in `rand_error`."""
+    """Pixels of each pair, each predicted and each true segment, within the true foreground.
+
+    Args:
+        pairs: from `overlaps`.
+        alone: whether each pixel predicted to be 0 is a segment of its own, as on the boards of the EM challenge; else they are one
+            segment together.
+    """
     true, guess, shared = (values[pairs[0] != 0] for values in pairs)
     of_true = _summed(true, shared)
     if not alone:

@@ -1,4 +1,4 @@
-"""Neurite scores as the boards of the EM segmentation challenge report them: the best over thresholds of the membrane's probability.
+"""Neurite scores as the boards of the EM segmentation challenge report them: the best over thresholds of the inside's probability.
 
 Sources: Arganda-Carreras et al. 2015 (Frontiers in Neuroanatomy 9:142) and the challenge's page on its evaluation; what these leave open
 is as in the organisers' program for ImageJ (Trainable Segmentation, package metrics): thresholds in steps of a tenth, pixels predicted to
@@ -15,21 +15,22 @@ from numba import njit
 from torch import Tensor
 
 from perpixel.metrics.pairs import integer_map
-from perpixel.metrics.segments import overlaps, pixel_pairs, segments_of, v_info, v_rand
-from perpixel.metrics.tallies import PerImage
+from perpixel.metrics.segments import foreground, overlaps, segments_of, v_info, v_rand
+from perpixel.metrics.tallies import PerImage, dice
 from perpixel.metrics.warping import splits_and_mergers, warp
 
-THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))  # at 0 and at 1 everything is one or the other
+THRESHOLDS = tuple(tenth / 10 for tenth in range(10))
 
 
 class Board:
     """Streaming scores of the EM challenge at several thresholds of the probability of the inside of cells.
 
     Segments are 4-connected. A true-inside pixel that is predicted to be outside is a segment of its own, so a thick membrane costs pairs
-    that are lost, and never pairs that are wrong.
+    that are lost, and never pairs that are wrong. Where nothing is inside in either there is no F-score, and the errors from it are NaN.
 
     Attributes:
-        pairs: of each image (T, 3) pairs of true-inside pixels that are together in both, in the prediction and in the truth.
+        pairs: of each image (T, 3) pairs of true-inside pixels, each with itself too, that are together in both, in the prediction and in
+            the truth.
         insides: of each image (T, 3) pixels that are inside in both, in the prediction and in the truth.
         pixels: of each image (T, 3) pixels, pixels that differ, and those that split or merge after warping (`warping.splits_and_mergers`).
         thinned: per image (T, 2) V_rand and V_info of the thinned prediction (`thinned_segments`); NaN where there is no true inside.
@@ -66,9 +67,10 @@ class Board:
         for threshold in self.thresholds:
             guess = (probability > threshold) & counted
             drawn = segments_of(guess)
-            pairs.append(pixel_pairs(overlaps(segments, drawn), alone=True))
+            pairs.append([int((counts**2).sum()) for counts in foreground(overlaps(segments, drawn), alone=True)])
             insides.append(((true & guess).sum(), guess.sum(), true.sum()))
-            breaks = splits_and_mergers(warp(true, guess), guess)
+            certainty = abs(probability - np.float64(threshold)).astype(np.float32)
+            breaks = splits_and_mergers(warp(true, guess, certainty=certainty), guess)
             pixels.append((counted.sum(), ((true != guess) & counted).sum(), (breaks & counted).sum()))
             thin = overlaps(segments, np.where(counted, thinned_segments(drawn), 0))
             scores.append((v_rand(thin, alone=True).score, v_info(thin, alone=True).score))
@@ -99,9 +101,9 @@ class Board:
         pixels = self.pixels.total
         shares = np.divide(pixels[:, 1:], pixels[:, :1], out=np.full((len(pixels), 2), np.nan), where=pixels[:, :1] > 0)
         return {
-            "rand_error": f_error(self.pairs.total),
+            "rand_error": 1 - dice(self.pairs.total),
             "warping_error": shares[:, 1],
-            "pixel_error": f_error(self.insides.total),
+            "pixel_error": 1 - dice(self.insides.total),
             "differing_pixels": shares[:, 0],
             "v_rand_thinned": means[:, 0],
             "v_info_thinned": means[:, 1],
@@ -117,12 +119,6 @@ class Board:
                 place = int(np.nanargmax(curve) if name.startswith("v_") else np.nanargmin(curve))
                 found[name] = (float(curve[place]), self.thresholds[place])
         return found
-
-
-def f_error(pairs: np.ndarray) -> np.ndarray:
-    """(...): 1 - F of what (..., 3) counts in both, in the prediction, in the truth; NaN where none is in either."""
-    either = np.asarray(pairs[..., 1] + pairs[..., 2], np.float64)
-    return 1 - np.divide(2 * pairs[..., 0], either, out=np.full(either.shape, np.nan), where=either > 0)
 
 
 def thinned_segments(segments: Tensor | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The paths given to a command, looked at before PyTorch is loaded: that takes seconds, and a slip of the hand is told at once."""
+"""Paths that a person gives, looked at before PyTorch is loaded: that takes seconds, and a slip of the hand is told at once."""
 
 import os
 from pathlib import Path
@@ -25,6 +25,6 @@ def refuse_paths(command: str, bundle: Path, *others: Path | str | None) -> None
 
 def refuse_missing_bundle(path: Path) -> None:
     """ValueError where no file is."""
-    if path.is_dir() or not os.path.exists(path):  # False where the name is too long
-        what = "a folder" if path.is_dir() else "no such file"
+    if os.path.isdir(path) or not os.path.exists(path):  # False where the name is too long, which `Path` takes for an error
+        what = "a folder" if os.path.isdir(path) else "no such file"
         raise ValueError(f"{path}: {what}. {WRITTEN}")
