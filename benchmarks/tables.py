@@ -180,12 +180,13 @@ def few_images() -> str:
     ]
     for run in runs:
         net = f"width {run['width']}" if "width" in run else f"the general U-Net on a trained {run['encoder']}"
+        published = [str(run["board"].get(score, "-")) for score in scores]
         lines += [
             f"`{run['command']}` on {run['machine']}: {net}, {run['steps']:,} updates of 4 crops of {run['crop']} pixels "
             f"for each net, folds {run['folds']} of 5.",
             "",
             *heads("row", "slices", *scores.values(), *(f"gain in {name}" for name in scores.values())),
-            f"| the paper, hidden test | 30 | {' | '.join(str(run['board'].get(score, '-')) for score in scores)} | - | - | - | - |",
+            f"| the paper, hidden test | 30 | {' | '.join([*published, *'-' * len(scores)])} |",
         ]
         for name, row in run["rows"].items():
             best = [f"**{row['scores'][score]['value']:.4g}**" for score in scores]
@@ -197,8 +198,8 @@ def few_images() -> str:
         lines += [
             "",
             f"At a threshold of 0.5 the first row's nets are wrong in {100 * first['wrong']:.1f} % of the pixels, and in "
-            f"{100 * first['wrong_where_trained']:.1f} % of those they were trained on. Of the wrong pixels {100 * near['1']:.0f} % touch an "
-            f"edge of the truth and {100 * near['2']:.0f} % lie within two pixels of one: where a membrane ends.",
+            f"{100 * first['wrong_where_trained']:.1f} % of those they were trained on. Of the wrong ones {100 * near['1']:.0f} % touch "
+            f"an edge of the truth and {100 * near['2']:.0f} % lie within two pixels of one: where a membrane ends.",
             "",
         ]
     return "\n".join(lines)

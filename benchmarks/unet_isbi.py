@@ -6,7 +6,7 @@ FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothi
 slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
 Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" are the same nets
 with `--tta rotations,flips`. The differences have intervals over the slices, which are neighbours in one volume: they are too narrow
-for other volumes. The board scored the best of ten thresholds of the membrane's probability; so are these, thresholds chosen on all slices.
+for other volumes. The board scored the best of ten thresholds of a probability map; so are these, thresholds chosen on all slices.
 Where wrong pixels lie is told at the threshold of 0.5, beside the share of them on slices that the nets were trained on.
 
 With --weights it is the general U-Net on the encoder that FILE is for, at full resolution; the encoder's own rate is a fifth of the others'
@@ -55,12 +55,17 @@ ON_ENCODER = ("model.options.head_stride=1", "train.encoder_lr_scale=0.2", "trai
 BOARD = {"warping_error": 0.000353, "rand_error": 0.0382, "pixel_error": 0.0611}
 
 
-def write_fold(data: Path, out: Path, fold: int, slices: int) -> None:
-    """images/{train,val} and masks/{train,val} with the fold's six slices as val, and `slices` of the others, evenly spread, as train."""
-    images, masks = (tifffile.imread(data / "isbi2012" / f"train-{kind}.tif") for kind in ("volume", "labels"))
+def parts_of(fold: int, slices: int) -> tuple[list[int], list[int]]:
+    """The fold's six slices, and `slices` of the others, evenly spread, to train on."""
     apart = list(range(fold * SLICES // FOLDS, (fold + 1) * SLICES // FOLDS))
     others = [number for number in range(SLICES) if number not in apart]
-    kept = [others[round((place + 0.5) * len(others) / slices - 0.5)] for place in range(slices)]
+    return apart, [others[round((place + 0.5) * len(others) / slices - 0.5)] for place in range(slices)]
+
+
+def write_fold(data: Path, out: Path, fold: int, slices: int) -> None:
+    """images/{train,val} and masks/{train,val} with the fold's slices as val."""
+    images, masks = (tifffile.imread(data / "isbi2012" / f"train-{kind}.tif") for kind in ("volume", "labels"))
+    apart, kept = parts_of(fold, slices)
     for part, numbers in (("train", kept), ("val", apart)):
         for kind, stack in (("images", images), ("masks", masks)):
             folder = out / kind / part
@@ -89,18 +94,17 @@ def net_of(given: argparse.Namespace) -> str:
     return str(given.weights.stem if given.weights else given.width)
 
 
-def scored(bundle: Path, data: Path, fold: int, views: str) -> tuple[Board, np.ndarray]:
+def scored(bundle: Path, data: Path, fold: int, slices: int, views: str) -> tuple[Board, np.ndarray]:
     """The board's scores of the fold's slices, and (wrong, those of them NEAR an edge, pixels, wrong and pixels of others).
 
-    The others are slices that the net was trained on, one in five.
+    The others are slices that the net was trained on, five at most.
     """
+    held, kept = parts_of(fold, slices)
     images, masks = (tifffile.imread(data / "isbi2012" / f"train-{kind}.tif") for kind in ("volume", "labels"))
     segmenter, board = load(bundle, augment=views), Board()
     counts = np.zeros(4 + len(NEAR), np.int64)
-    for number in range(SLICES):
-        apart = number * FOLDS // SLICES == fold
-        if not apart and number % FOLDS:
-            continue
+    for number in [*held, *kept[:: -(-len(kept) // 5)]]:
+        apart = number in held
         inside, probability = masks[number] > 0, segmenter.probabilities(images[number])[1]
         wrong = inside != (probability > 0.5)
         if apart:
@@ -115,7 +119,7 @@ def scored(bundle: Path, data: Path, fold: int, views: str) -> tuple[Board, np.n
 def shares_of(counts: np.ndarray) -> dict[str, Any]:
     """See `scored`."""
     wrong, *near, pixels, seen_wrong, seen_pixels = counts.tolist()
-    within = {str(reach): round(count / wrong, 3) for reach, count in zip(NEAR, near, strict=True)}
+    within = {str(reach): round(count / max(wrong, 1), 3) for reach, count in zip(NEAR, near, strict=True)}
     return {"wrong": round(wrong / pixels, 5), "of_them_near_an_edge": within, "wrong_where_trained": round(seen_wrong / seen_pixels, 5)}
 
 
@@ -161,7 +165,7 @@ def main() -> None:
         bundles = [trained(given, nets, fold, settings, slices) for fold in given.folds]
         board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
         for bundle, fold in zip(bundles, given.folds, strict=True):
-            of_fold, counted = scored(bundle, given.data, fold, VIEWS if name in ROTATED else "")
+            of_fold, counted = scored(bundle, given.data, fold, slices, VIEWS if name in ROTATED else "")
             board.merge(of_fold)
             counts += counted
         first = board if first is None else first
