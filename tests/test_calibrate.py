@@ -145,6 +145,18 @@ def test_a_dry_run_leaves_the_bundle_as_it_is(bundle, folder):
     assert bundle.read_bytes() == bytes_before
 
 
+def test_masks_that_count_otherwise_are_fitted_on_by_their_labels(bundle, folder, command):
+    """As the message for classes of another order says: `--label 10=0` and so on."""
+    expected = calibrate(bundle, folder / "images", folder / "masks", write=False)
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) + 10).save(path)
+    labels = {value + 10: value for value in range(3)}
+    assert calibrate(bundle, folder / "images", folder / "masks", labels=labels, write=False) == expected
+    options = [word for value, label in labels.items() for word in ("--label", f"{value}={label}")]
+    said = command("calibrate", bundle, folder / "images", folder / "masks", "--dry-run", "--json", *options)
+    assert json.loads(said.out)["temperature"] == pytest.approx(expected.temperature)
+
+
 def test_the_command_says_what_was_found_and_refuses_one_image(bundle, folder, command):
     said = command("calibrate", bundle, folder / "images", folder / "masks")
     assert said.code == 0

@@ -1,7 +1,12 @@
 """The README's promises that a machine can check."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import BaseModel
+
+from perpixel.recipe import OptionsSection, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "python -m pip install . && perpixel demo"
@@ -23,3 +28,19 @@ def test_every_file_that_readme_and_docs_link_to_exists():
 def test_the_readme_lists_every_page_of_docs_once():
     listed = re.findall(r"^- \[docs/(.+?)\]\(docs/\1\): ", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def keys_of(section: type[BaseModel], at: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{at}{name}.")
+        else:
+            yield f"{at}{name}"
+
+
+def test_docs_have_every_key_of_a_recipe_and_no_other():
+    page = (ROOT / "docs" / "recipe.md").read_text("utf-8")
+    listed = {key for row in re.findall(r"^\| (`[a-z]+\..*?) \|", page, re.M) for key in re.findall(r"`(.+?)`", row)}
+    options = set(re.findall(r"`(\w+)`", re.search(r"^\| `model\.options\.NAME` .*?\[api", page, re.M)[0]))
+    assert options == OptionsSection.model_fields.keys()
+    assert (listed - {"model.options.NAME"}) | {f"model.options.{name}" for name in options} == set(keys_of(Recipe))

@@ -5,7 +5,7 @@ pass; what it brings is measured by halves, each with the temperature of the oth
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def calibrate(
     masks: Path | str | None = None,
     *,
     split: str = "val",
+    labels: Mapping[int, int] | None = None,
     write: bool = True,
     device: str | None = None,
     progress: Progress | None = None,
@@ -144,6 +145,7 @@ def calibrate(
         bundle: its path; rewritten in place. A temperature that it had is dropped where none helps.
         images, masks: any layout that `perpixel check` understands.
         split: the part to fit on; the part that the bundle was trained on would make it too sure of itself.
+        labels: mask value -> class index or 255, over the bundle's own label map.
         write: False only reports.
         device: where to compute; None: on the GPU where there is one.
 
@@ -152,7 +154,7 @@ def calibrate(
     """
     path, sample = Path(bundle), PixelSample()
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    evaluate(loaded, images, masks, split=split, scores=(), observers=[sample], progress=progress)
+    evaluate(loaded, images, masks, split=split, labels=labels, scores=(), observers=[sample], progress=progress)
     if len(sample.images) < 2:
         raise ValueError(
             f"{images}: {len(sample.images)} image with finite scores; a temperature needs at least 2 to be fitted and tried on. "

@@ -291,6 +291,7 @@ def calibrate(
     images: Images,
     masks: Masks = None,
     split: Annotated[str, typer.Option(help="The part to fit on: val, or another.")] = "val",
+    label: Labels = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
     json: Json = False,
 ) -> None:
@@ -300,7 +301,7 @@ def calibrate(
     from perpixel.calibrate import render
 
     with _live(json, "calibrating") as progress:
-        result = run(bundle, images, masks, split=split, write=not dry_run, progress=progress)
+        result = run(bundle, images, masks, split=split, labels=_labels(label), write=not dry_run, progress=progress)
     if json:
         _print_json(result.to_json())
     else:

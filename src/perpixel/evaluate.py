@@ -125,7 +125,7 @@ class Evaluation:
             "seconds": round(self.seconds, 3),
         }
 
-    def to_file(self, path: Path) -> None:
+    def to_file(self, path: Path | str) -> None:
         """Writes `to_json`, and under "per_image" the counts of each image and whether it was held whole, for `perpixel compare`.
 
         One line for each key: text for people and short for programs.
@@ -137,6 +137,7 @@ class Evaluation:
         kept += [self._packed(name, table) for name, table in tables.items()]
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_json().items()]
         lines.append(f'"per_image": {{{", ".join(kept)}}}')
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")

@@ -121,7 +121,8 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Picture]:
             way = "change its mode (chmod u+rx) or its owner"
             raise ValueError(f"{given}: cannot be read ({error.strerror}); {way}") from error
         if not found:
-            raise ValueError(f"{given}: no pictures here. Looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+            below = "; folders below are not searched: name them, or a pattern such as '**/*.png'" if Path(given).is_dir() else ""
+            raise ValueError(f"{given}: no pictures here. Looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}{below}")
         paths.update(dict.fromkeys(found))
     if not paths:
         raise ValueError("no input given; name picture files, folders or patterns such as 'scans/*.tif'")
