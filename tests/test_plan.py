@@ -416,7 +416,15 @@ def test_segnet_s_batch_norm_is_measured_before_it_is_scored_unless_all_of_it_is
     frozen = plan(a_check(), LAPTOP, {"model": {"name": name}, "train": {"freeze_batch_norm": "all"}})[0].train
     assert frozen.freeze_batch_norm == "all"
     assert not frozen.batch_norm_pass
-    assert not plan(a_check(), LAPTOP, {"model": {"name": "unet"}})[0].train.batch_norm_pass
+
+
+def test_batch_norm_of_a_net_from_scratch_is_measured_where_the_images_are_few_enough_to_pass_quickly():
+    """A U-Net on 24 slices had a mean IoU of 0.10 on moving averages after 10 steps, and 0.64 once they were measured."""
+    scratch = {"name": "unet", "encoder": "plain"}
+    assert plan(a_check(images=30), LAPTOP, {"model": scratch})[0].train.batch_norm_pass
+    assert not plan(a_check(images=3000), LAPTOP, {"model": scratch})[0].train.batch_norm_pass
+    assert not plan(a_check(images=30), LAPTOP, {"model": {"name": "unet_paper"}})[0].train.batch_norm_pass
+    assert not plan(a_check(images=30), LAPTOP, {"model": scratch, "train": {"freeze_batch_norm": "all"}})[0].train.batch_norm_pass
 
 
 def test_a_trained_segnet_keeps_its_encoder_s_statistics_and_has_the_decoder_s_measured(tmp_path):

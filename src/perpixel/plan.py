@@ -28,6 +28,7 @@ from perpixel.recipe import Recipe, TrainSection, check_parts, merge, value_at
 
 CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
 DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value
+QUICK_PASS = 100  # images
 PHOTO_ENCODER = {"cpu": "mobilenetv2_100", "cuda": "resnet34"}
 
 
@@ -314,8 +315,8 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
     few = choices.taken["train"]["batch"] < 16 and not value_at(choices.given, "train.batch_norm_pass")
     why = "the encoder's statistics are better than those of so few crops" if pretrained and few else "statistics of the batches"
     choices.take("train.freeze_batch_norm", bool(pretrained and few), why)
-    if "segnet" in model["name"] and choices.taken["train"]["freeze_batch_norm"] != "all":
-        choices.take("train.batch_norm_pass", True, "as published; on moving averages a SegNet has scored 0.06 in place of 0.38")
+    if choices.taken["train"]["freeze_batch_norm"] != "all":
+        _plan_batch_norm_pass(choices, model["name"], pretrained, len(report.split("train")))
     choices.take("train.ema", 0.99, "averaged weights score better than the last ones")
     shares = [count / max(1, sum(report.pixels["train"])) for count in report.pixels["train"] if count]
     uneven = min(shares) < 0.1 / len(shares)
@@ -330,6 +331,14 @@ def _plan_optimisation(choices: Choices, report: Check) -> None:
         choices.take("train.class_weights", "none", "the loss has no use for them")
     if (model.get("options", {}).get("head_stride") or 1) > 1:
         choices.take("train.loss_stride", 2, "the logits are no finer than that")
+
+
+def _plan_batch_norm_pass(choices: Choices, name: str, pretrained: bool, images: int) -> None:
+    if "segnet" in name:
+        choices.take("train.batch_norm_pass", True, "as published; on moving averages a SegNet has scored 0.06 in place of 0.38")
+    elif not (pretrained or name.endswith("_paper") or images > QUICK_PASS):  # published ones have no batch norm, or their own rule
+        why = f"moving averages lag behind a net that learns fast; {images} images are passed through quickly"
+        choices.take("train.batch_norm_pass", True, why)
 
 
 def _plan_augmentation(choices: Choices, report: Check) -> None:
