@@ -1,9 +1,11 @@
 """`perpixel check` names everything that is wrong with a set, counts what is right, and proposes what training needs."""
 
 import json
+import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -415,14 +417,22 @@ def test_camvid_value_11_is_ignored_because_there_are_11_names() -> None:
 def test_swapped_folders_are_recognised(tmp_path: Path) -> None:
     root = make(tmp_path, [blocks(0, 1, 1, 2, size=(300, 400))] * 4)
     report = check(root / "masks", root / "images")
+    assert len(report.problems) == 1  # what else is wrong follows from it
     assert report.problems[0].endswith(f"swapped? Try {root}/images {root}/masks")
     assert not any("swapped" in problem for problem in check(root / "images", root / "masks").problems)
+
+
+@pytest.mark.parametrize("labels", [{"255": "ignore"}, ["255=1"]])
+def test_labels_that_are_no_numbers_are_named_with_what_is_legal(tmp_path: Path, labels: Any) -> None:
+    with pytest.raises(TypeError, match=r"labels is .*; give mask values and their classes by number, .*\{255: 1\}"):
+        check(make(tmp_path, [blocks(0, 1)]) / "images", labels=labels)
 
 
 def test_more_values_than_classes_can_be_are_told_with_the_file_and_the_table_is_cut_short(tmp_path: Path) -> None:
     """Two images of noise have more than 65,535 colours; each is one class too many."""
     root = make(tmp_path, [blocks(0, 1, 1, 2, size=(300, 400))] * 4)
-    report = check(root / "masks", root / "images")
+    shutil.copytree(root / "images", root / "photos")
+    report = check(root / "photos", root / "images")
     assert any(problem.startswith(f"{root}/images/") and "a mask has at most 65535 classes" in problem for problem in report.problems)
     text = printed(report)
     assert f"and {len(report.classes) - 30} more; --json names them all" in text

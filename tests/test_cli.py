@@ -210,6 +210,8 @@ def test_a_command_that_cannot_be_understood_ends_with_2(command, arguments):
         (("train", "x", "--recipe", "unet_papr"), "Did you mean 'unet_paper'"),
         (("train", "x", "--steps", 1, "--minutes", 1), "both steps and minutes are given"),
         (("check", "x", "--label", "255:1"), "--label 255:1: legal is VALUE=CLASS"),
+        (("check", "x", "--label", "255=1", "--label", "255=0"), "--label 255=0: the same mask value has another meaning already"),
+        (("refine", "scores.npy", "photo.jpg"), "swapped? The image comes first: perpixel refine photo.jpg scores.npy"),
         (("predict", "no.safetensors", "x"), "no.safetensors: no such file"),
         (("evaluate", "no.safetensors", "x"), "no.safetensors: no such file"),
         (("certify", "no.safetensors"), "no.safetensors: no such file. A bundle is written by"),

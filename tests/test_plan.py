@@ -145,7 +145,7 @@ def test_by_steps_validations_before_the_last_take_a_quarter_of_the_time_at_most
     report.pixels["val"] = [20_000 * images // 5]
     section = plan(report, LAPTOP, {"train": {"steps": steps} | given})[0].train
     pixels = section.batch * section.crop[0] * section.crop[1]
-    forward = 20_000 * images // 5 / pixels + (images * 0.8 / section.batch if given else 0)
+    forward = 20_000 * images // 5 / pixels + (images * 0.8 / section.batch if section.batch_norm_pass else 0)
     assert 1 <= section.validations <= 10
     assert (section.validations - 1) * forward <= (3 * steps + (section.validations - 1) * forward) / 4
     assert section.validations == 10 or section.validations * forward > (3 * steps + section.validations * forward) / 4  # nor fewer

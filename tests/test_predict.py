@@ -304,17 +304,20 @@ def test_labels_replace_predicted_ones_but_never_what_perpixel_has_not_predicted
     assert [path for path in out.iterdir() if not path.name.startswith(".")] == [target]  # told before the first is predicted
 
 
-def test_a_mask_in_the_place_of_labels_that_only_reading_the_image_tells_leaves_that_one_out(segmenter, tmp_path, out):
-    """A TIFF may become .png or .tif: beside a mask under the name that it does not get it is predicted, and the others anyway."""
+def test_a_mask_under_a_name_that_the_labels_of_a_tiff_do_not_get_is_left_alone_and_one_under_theirs_refused(segmenter, tmp_path, out):
+    """A TIFF's labels are .png, or .tif where it has a place; only reading it tells."""
+    other = save(tmp_path / "0.png", noise(8, 8, 3))
     tifffile.imwrite(tmp_path / "a.tif", noise(8, 8, 3), photometric="rgb")
-    other = save(tmp_path / "b.png", noise(8, 8, 3))
     drawn = draw(out / "a.tif")
-    assert len(predict_files(segmenter, [tmp_path / "a.tif", other], out).written) == 2
-    (out / "a.png").unlink()
-    before = draw(out / "a.png").read_bytes()
-    result = predict_files(segmenter, [tmp_path / "a.tif", other], out)
-    assert (result.written, list(result.damaged)) == ([out / "b.png"], [str(tmp_path / "a.tif")])
-    assert (drawn.exists(), (out / "a.png").read_bytes()) == (True, before)
+    before = drawn.read_bytes()
+    assert predict_files(segmenter, [other, tmp_path / "a.tif"], out).written == [out / "0.png", out / "a.png"]
+    for path in (out / "0.png", out / "a.png"):
+        path.unlink()
+    draw(out / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is there, and does not say"):
+        predict_files(segmenter, [other, tmp_path / "a.tif"], out)
+    assert drawn.read_bytes() == before
+    assert not (out / "0.png").exists()
 
 
 def test_an_interrupted_prediction_goes_on_where_labels_it_had_written_were_corrected_meanwhile(segmenter, tmp_path, out):
@@ -324,7 +327,8 @@ def test_an_interrupted_prediction_goes_on_where_labels_it_had_written_were_corr
         predict_files(segmenter, images, out, Task(strict=True))
     corrected = draw(out / "0.png").read_bytes()
     save(tmp_path / "in" / "1.png", noise(8, 8, 3, seed=1))
-    assert len(predict_files(segmenter, images, out, Task(strict=True)).written) == 3
+    result = predict_files(segmenter, images, out, Task(strict=True))
+    assert (len(result.written), result.before) == (3, 1)
     assert (out / "0.png").read_bytes() == corrected
 
 
@@ -450,7 +454,7 @@ def test_12_bit_images_in_16_bit_files_are_warned_of_once_and_not_once_they_are_
     told = faint_warnings(bundle, tmp_path / "cells", out)
     assert len(told) == 1
     assert "a.png: a 16-bit image whose largest value is about 4" in told[0]
-    assert "multiply their values by 16" in told[0]
+    assert "Multiply values of 12 bits by 16, of 8 bits by 257" in told[0]
     for name in ("a", "b"):
         save(tmp_path / "cells" / f"{name}.png", pixels * 16)
     assert not faint_warnings(bundle, tmp_path / "cells", out)
@@ -474,3 +478,18 @@ def test_what_a_model_surely_saw_is_never_more_than_what_it_saw(make_bundle, sha
     bundle.card.mean, bundle.card.std = [float(data.mean())], [float(data.std())]
     assert not bundle.saw_above(0.25001)
     assert bundle.saw_above(0.2499) == (share == 0.853553)
+
+
+def test_integers_of_another_type_than_the_model_s_are_named_by_it(segmenter):
+    for dtype in (np.int64, np.int32, np.uint32):
+        with pytest.raises(ValueError, match=rf"of type {np.dtype(dtype)}; this model was trained on uint8. Give them as uint8"):
+            segmenter.predict(np.ones((8, 8, 3), dtype))
+    with pytest.raises(ValueError, match=r"of type torch\.int64"):
+        segmenter.predict(torch.ones((3, 8, 8), dtype=torch.int64))
+
+
+def test_a_folder_and_a_device_that_is_not_there_are_named(make_bundle, segmenter, tmp_path):
+    with pytest.raises(ValueError, match="is a folder; give one file at a time"):
+        segmenter.predict(tmp_path)
+    with pytest.raises(ValueError, match="device 'nonsense' cannot be used here"):
+        load(make_bundle(), device="nonsense")

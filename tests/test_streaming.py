@@ -14,12 +14,12 @@ import tifffile
 import torch
 
 from perpixel import budget, streaming
-from perpixel.budget import Limits, parse_bytes
+from perpixel.budget import Limits, parse_bytes, shard_of
 from perpixel.data import writing
 from perpixel.data.images import Picture
 from perpixel.data.mosaics import Block, Grid
 from perpixel.data.sources import open_source
-from perpixel.predict import Task, load, predict_files, shard_of
+from perpixel.predict import Task, load, predict_files
 from perpixel.streaming import Streamer, ahead, behind
 from perpixel.tiling import Tiler
 

@@ -1,5 +1,6 @@
 """Tuning: a refiner goes into a bundle only where its gain is shown on images that it was not searched on."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
 from perpixel.data.images import Picture
@@ -18,7 +20,7 @@ from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, nei
 from perpixel.refinement.compatibility import fit_compatibility
 from perpixel.refinement.refiners import build_refiner
 from perpixel.search import Search, _evenly, learned_costs
-from perpixel.tune import FEWEST, Tuning, judged, tune
+from perpixel.tune import FEWEST, Tuning, judged, render, tune
 
 SIDE = 40
 
@@ -82,6 +84,9 @@ def test_a_refiner_that_helps_is_written_with_its_gain_and_then_used(scenes, mak
     card = load_bundle(path).card
     assert result.accepted
     assert card.temperature is None, "it was fitted on other scores"
+    told = Console(record=True, width=200, file=io.StringIO())
+    render(result, told)
+    assert "written into the bundle: predict and evaluate refine by it now; its temperature" in told.export_text()
     assert result.miou.low > 0.05
     assert result.boundary_after > result.boundary_before
     assert result.boundary.value == pytest.approx(result.boundary_after - result.boundary_before)
@@ -325,8 +330,10 @@ def test_one_image_tells_nothing_of_others(scenes, make_bundle, monkeypatch):
         (scenes / "images" / f"{number}.png").unlink()
         (scenes / "masks" / f"{number}.png").unlink()
     gives(monkeypatch, noisy)
-    result = tune(path, scenes / "images", scenes / "masks", refiners=["dense_crf"], minutes=0.02, split="train")
+    with pytest.warns(UserWarning, match="a refiner is written into the bundle on 8 or more only"):
+        result = tune(path, scenes / "images", scenes / "masks", refiners=["dense_crf"], minutes=0.02, split="train")
     assert not result.accepted
+    assert not result.written
     assert "tell too little of others" in result.verdict
 
 

@@ -74,6 +74,21 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(i, n), i from 0, of "1/4" (the first of four); None: what torchrun says (RANK, WORLD_SIZE), else the whole.
+
+    Raises:
+        ValueError: for another text.
+    """
+    if text is None:
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # job systems set the others too, for commands that know nothing of them
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if by_torchrun else (0, 1)
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"shard is {text!r}; legal is i/n with 1 <= i <= n, such as 2/4")
+    return int(part) - 1, int(parts)
+
+
 def keep_freed_memory() -> bool:
     """Memory that a window's maps have left stays with the process for those of the next, instead of going back to the system each time.
 

@@ -136,6 +136,8 @@ def check(
         ValueError: if no pairs are found at all, the classes can't be read, or `val_fraction` is out of range. Whatever is found in the
             files themselves ends up in `damaged`, `warnings` and `problems` instead.
     """
+    if not isinstance(labels or {}, Mapping) or any(not isinstance(number, int) for pair in (labels or {}).items() for number in pair):
+        raise TypeError(f"labels is {labels!r}; give mask values and their classes by number, or 255 to ignore: {{255: 1}}")
     with python_warnings.catch_warnings(record=True) as found:
         python_warnings.simplefilter("always")
         layout = find_layout(images, masks)
@@ -178,7 +180,8 @@ def check(
         _describe_images(report, readings)
         _compare_parts(report, readings)
     if report.problems and masks is not None and readings and all(_swapped(reading) for reading in readings[:3]):
-        report.problems.insert(0, f"the images look like masks and the masks like photographs: swapped? Try {masks} {images}")
+        # What else is wrong follows from it.
+        report.problems = [f"the images look like masks and the masks like photographs: swapped? Try {masks} {images}"]
     _warn(report)
     return report
 

@@ -207,8 +207,8 @@ def predict(
     Very large and georeferenced images become tiled TIFF. An interrupted prediction goes on where it was with the same command.
     """
     _refuse_paths("predict", bundle, *inputs)
-    from perpixel.budget import Limits, keep_freed_memory, parse_bytes
-    from perpixel.predict import Task, load, predict_files, shard_of
+    from perpixel.budget import Limits, keep_freed_memory, parse_bytes, shard_of
+    from perpixel.predict import Task, load, predict_files
 
     console = Console()
     ram, vram = (None if text is None else parse_bytes(text) for text in (max_ram, max_vram))
@@ -218,7 +218,8 @@ def predict(
     with _live(False, "predicting") as progress:
         segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
         result = predict_files(segmenter, inputs, out, task, progress, lambda plan: console.print(escape(plan), soft_wrap=True))
-    console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]")
+    before = f", {result.before} of them from before the interruption" if result.before else ""
+    console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]{before}")
     if result.shared:
         console.print(f"{result.shared} more wait for the other shares of the work")
     for why in result.damaged.values():
@@ -386,14 +387,19 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.print("interrupted; a training run goes on with --resume")
+            console.print("interrupted; `train` goes on with --resume, `predict` with the same command")
         raise
 
 
 def _labels(options: list[str] | None) -> dict[int, int]:
     from perpixel.data.masks import parse_label
 
-    return dict(parse_label(option) for option in options or [])
+    found: dict[int, int] = {}
+    for option in options or []:
+        value, label = parse_label(option)
+        if found.setdefault(value, label) != label:
+            raise ValueError(f"--label {option}: the same mask value has another meaning already; give one of them")
+    return found
 
 
 def _refuse_paths(command: str, bundle: Path, *others: Path | str | None) -> None:

@@ -26,7 +26,7 @@ from perpixel.data.mosaics import Grid, Journal, Layer, Mosaic, agreed
 from perpixel.data.outputs import FORMATS, OVERLAY_SIDE, Legend, format_of, thinned, write_layer
 from perpixel.data.sources import files_behind, find_sources, open_source
 from perpixel.data.windows import Source, hole_lines
-from perpixel.data.writing import refuse_foreign, write_array, write_labels, write_rgb
+from perpixel.data.writing import is_foreign, refuse_foreign, write_array, write_labels, write_rgb
 from perpixel.segmenter import Segmenter, load, sampled
 from perpixel.streaming import WAITING, Region, Streamer, ahead, behind, labels_of, maps_of, noted_in
 from perpixel.tiling import at_once
@@ -45,6 +45,7 @@ class Predicted:
     written: list[Path] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)  # file -> why there is no prediction for it
     holes: dict[str, list[str]] = field(default_factory=dict)  # file -> its damaged pieces, whose labels say "not known"
+    before: int = 0  # of the written ones, those that an interrupted run had made
     shared: int = 0  # pictures of which this process made its share, and others have not finished theirs
 
 
@@ -137,21 +138,6 @@ def predict_files(
     return run.result
 
 
-def shard_of(text: str | None) -> tuple[int, int]:
-    """(i, n), i from 0, of "1/4" (the first of four); None: what torchrun says (RANK, WORLD_SIZE), else the whole.
-
-    Raises:
-        ValueError: for another text.
-    """
-    if text is None:
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # job systems set the others too, for commands that know nothing of them
-        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if by_torchrun else (0, 1)
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise ValueError(f"shard is {text!r}; legal is i/n with 1 <= i <= n, such as 2/4")
-    return int(part) - 1, int(parts)
-
-
 class _Run:
     """One call of `predict_files`: its pictures, journal and result."""
 
@@ -201,11 +187,19 @@ class _Run:
             return number, PictureError(f"{picture}: does not fit into memory, decoded whole; write it as a tiled TIFF, read in parts")
 
     def refuse_foreign(self) -> None:
-        """Before any work, where it is known already what will be written: see `refuse_foreign`. Of the others each is refused alone."""
+        """Before any work: see `refuse_foreign`."""
         for picture in self.pictures:
-            kind = self.task.format if self.task.format != "auto" else "png" if picture.path.suffix.lower() in ORDINARY else None
-            if kind is not None and not self.journal.settled(self.key(picture)):
-                refuse_foreign(self.task.files(self.out, picture.name, kind)["labels"])
+            if self.journal.settled(self.key(picture)):
+                continue
+            ordinary = "png" if picture.path.suffix.lower() in ORDINARY else "auto"
+            kind = ordinary if self.task.format == "auto" else self.task.format
+            targets = [self.task.files(self.out, picture.name, one)["labels"] for one in (FORMATS[1:] if kind == "auto" else (kind,))]
+            if kind == "auto" and any(map(is_foreign, targets)):  # rare, so that such a picture may be opened twice
+                with suppress(ValueError), closing(open_source(picture, self.segmenter.bundle.card.bands)) as source:
+                    kind = format_of("auto", picture.path, source.size, source.place)
+            for target in targets:
+                if target.suffix == f".{kind}":
+                    refuse_foreign(target)
 
     def close(self) -> None:
         """Close what an error has left open: of the picture in hand, those that wait, and those whose writing was dropped."""
@@ -299,8 +293,8 @@ class _Run:
         if source.read(0, 0, 1, 1).pixels.dtype == np.uint16:
             self.warned_of_faint = True
             warnings.warn(
-                f"{picture}: a 16-bit image whose largest value is about {round(65535 * brightest / full)}, a sixteenth of what 16 bits "
-                "hold; the model was trained on fuller data. If they are 12-bit, multiply their values by 16, or the labels mean little.",
+                f"{picture}: a 16-bit image whose largest value is about {round(65535 * brightest / full)} of 65535; the model was trained "
+                "on fuller data. Multiply values of 12 bits by 16, of 8 bits by 257, or the labels mean little. Others are not named.",
                 stacklevel=2,
             )
 
@@ -417,6 +411,7 @@ class _Run:
         """Noted among the written ones, where its labels are there."""
         found = [path for kind in ("png", "tif", "zarr") if os.path.exists(path := self.out / f"{picture.name}.{kind}")]
         self.result.written += found[:1]
+        self.result.before += bool(found)
         return bool(found)
 
 

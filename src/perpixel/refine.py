@@ -14,7 +14,8 @@ from perpixel.data.images import find_pictures, read_image
 from perpixel.data.writing import refuse_foreign, write_array, write_labels
 from perpixel.refinement.refiners import build_refiner
 
-SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
+ARRAYS = (".npy", ".npz")
+SUFFIXES = (*ARRAYS, ".tif", ".tiff")
 KINDS = ("auto", "probabilities", "logits")
 SMALLEST = 1e-8  # a probability below this counts as this: its logarithm would be infinite
 
@@ -101,6 +102,8 @@ def _targets(image: Path, out: Path) -> tuple[Path, Path]:
 
 
 def _pairs(images: Path, scores: Path) -> list[tuple[Path, Path]]:
+    if images.suffix.lower() in ARRAYS:
+        raise ValueError(f"{images} holds no image but numbers: swapped? The image comes first: perpixel refine {scores} {images}")
     if not images.is_dir() and not scores.is_dir():
         return [(images, scores)]
     if not (images.is_dir() and scores.is_dir()):

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from perpixel.augmented import AugmentedTiler, View, views
 from perpixel.budget import MOST, WHOLE, Limits, Needs, Plan, batch_beside, one_block, plan
-from perpixel.bundle import Bundle, load_bundle
+from perpixel.bundle import Bundle, Card, load_bundle
+from perpixel.data.decoding import PictureError
 from perpixel.data.images import Picture
 from perpixel.data.mosaics import Block, Grid
 from perpixel.data.sources import find_sources, open_source
 from perpixel.data.windows import Source, WholeSource
+from perpixel.data.zarr_windows import is_zarr
 from perpixel.models.monte_carlo import MonteCarlo, active_dropouts, monte_carlo
 from perpixel.streaming import CONTEXT, PRECISIONS, WAITING, Region, Streamer, ahead, computing, labels_of
 from perpixel.tiling import Noted, Tiler, at_once
@@ -73,7 +75,7 @@ class Segmenter:
             ValueError: unreadable file, or bands or values that differ from those the model was trained on.
             TypeError: neither a path nor an array or tensor of real numbers.
         """
-        source, name = _opened(image, self.bundle.card.bands)
+        source, name = _opened(image, self.bundle.card)
         with closing(source):
             streamer = self.streamer(source, name, one_block(source.size))
             return streamer.scores(streamer.region(streamer.grid.blocks[0]))
@@ -90,7 +92,7 @@ class Segmenter:
         Raises:
             ValueError: as `logits`.
         """
-        source, name = _opened(image, self.bundle.card.bands)
+        source, name = _opened(image, self.bundle.card)
         with closing(source):
             planned = None if limits is None else self.plan(source, limits)
             streamer = self.streamer(source, name) if planned is None else self.streamer(source, name, planned.grid, planned.tiler)
@@ -157,7 +159,7 @@ class Segmenter:
             ValueError: as `logits`, and where the model has no dropout or `samples` is less than 1.
         """
         self.refuse_samples()
-        source, name = _opened(image, self.bundle.card.bands)
+        source, name = _opened(image, self.bundle.card)
         with closing(source):
             streamer = self.streamer(source, name, one_block(source.size), refined=False)
             return sampled(streamer, streamer.region(streamer.grid.blocks[0]), samples, seed)
@@ -179,7 +181,7 @@ class Segmenter:
         """
         if samples is not None:
             self.refuse_samples()
-        source, name = _opened(image, self.bundle.card.bands)
+        source, name = _opened(image, self.bundle.card)
         with closing(source):
             streamer = self.streamer(source, name, refined=samples is None)
             labels = np.empty(source.size, np.uint8 if len(self.classes) <= 255 else np.uint16)
@@ -201,6 +203,10 @@ def load(bundle: Path | str, device: str | None = None, refine: str = "bundle", 
     Raises:
         ValueError: not a bundle, truncated, a pickle, or from a newer perpixel.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
     return Segmenter(load_bundle(Path(bundle), device or own), refine, precision, augment)
 
@@ -210,13 +216,23 @@ def sampled(streamer: Streamer, region: Region, samples: int, seed: int = 0) -> 
     return monte_carlo(streamer.bundle.model, anything, samples, seed, lambda _, __: streamer.stitched(region))
 
 
-def _opened(image: np.ndarray | Tensor | Path | str, bands: int) -> tuple[Source, str]:
+def _opened(image: np.ndarray | Tensor | Path | str, card: Card) -> tuple[Source, str]:
     """A source, and what names it in errors."""
+    bands = card.bands
     if isinstance(image, str | Path):
+        if Path(image).is_dir() and not is_zarr(Path(image)):
+            raise PictureError(f"{image}: is a folder; give one file at a time, or the folder to `perpixel predict`")
         if (count := len(find_sources([image], bands))) > 1:
             warnings.warn(f"{image}: holds {count} pictures; only the first is used. `perpixel predict` takes all", stacklevel=3)
         return open_source(Picture(Path(image)), bands), str(image)
-    return WholeSource(_as_bands(image)), "image"
+    array = _as_bands(image)
+    if (
+        array.dtype == np.float32
+        and card.dtype != "float32"
+        and not str(image.dtype).removeprefix("torch.").startswith(("float", "bfloat"))
+    ):
+        raise ValueError(f"image: its values are of type {image.dtype}; this model was trained on {card.dtype}. Give them as {card.dtype}")
+    return WholeSource(array), "image"
 
 
 def _as_bands(image: np.ndarray | Tensor) -> np.ndarray:

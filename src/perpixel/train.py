@@ -73,7 +73,7 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if not resume and (out / "resume.safetensors").exists():
-        raise ValueError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder.")
+        raise ValueError(f"{out} holds a run already. Add --resume (in Python resume=True) to go on with it, or choose another folder.")
     stated, asked = _stated(recipe, fast), read_settings(settings)
     asked = merge(asked, _length(steps, minutes, asked.get("train", {})))
     given, origins = merge(stated, asked), [("as you asked", asked), ("as the recipe says", stated)]
@@ -118,6 +118,8 @@ def fit(recipe: Recipe, report: Check, out: Path, console: Console, started: flo
     if fabric.is_global_zero and reasons is not None:
         write_text(out / "recipe.yaml", to_yaml(recipe, reasons))
     place, clock = run.place, Clock(section, started, run.place.seconds)
+    if place.step and not place.finished:
+        console.print(f"going on after step {place.step}")
     if place.finished:
         return Outcome(out, recipe, place.step, place.best_step, place.scores)
     with TrainingLog(out, console, section, place.step, writes=fabric.is_global_zero) as log:

@@ -5,6 +5,7 @@ the images it was searched on gains nothing. What is written is the best on all 
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class Tuning:
     left_out: int = 0  # images, for lack of time or memory
     damaged: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    written: bool = False  # into the bundle
+    uncalibrated: bool = False  # the bundle had a temperature, which was of other scores and was dropped
 
     @property
     def accepted(self) -> bool:
@@ -96,6 +99,7 @@ class Tuning:
             "boundary_f_gain": _interval(self.boundary),
             "level": LEVEL,
             "accepted": self.accepted,
+            "written": self.written,
             "verdict": self.verdict,
             "present": None if self.present is None else {"name": self.present.name, "options": self.present.options},
             "chosen": None if self.chosen is None else {"name": self.chosen.name, "options": self.chosen.options},
@@ -148,6 +152,9 @@ def tune(
         refuse_other_names(layout.classes_file, card.classes, loaded.label_map, labels or {})
     chosen = layout.labelled(split, card.val_fraction, card.split_seed)
     label_map = loaded.relabelled(labels or {})
+    if len(chosen) < FEWEST:
+        few = f"{len(chosen)} image{'s' * (len(chosen) != 1)} to search on; a refiner is written into the bundle on {FEWEST} or more only"
+        warnings.warn(few, stacklevel=2)
     data = LabelledImages(chosen, label_map, card.bands, card.dtype, cache=False)
     search = Search(loaded, data, start + 60 * minutes * PREDICTING_SHARE, progress)
     if len(labelled := np.flatnonzero(search.plain[..., 1].sum(0))) < 2 <= search.classes:
@@ -176,6 +183,7 @@ def tune(
             }
         )
         save_bundle(path, loaded.model.state_dict(), written)
+        result.written, result.uncalibrated = True, card.temperature is not None
     return result
 
 
@@ -243,3 +251,6 @@ def render(result: Tuning, console: Console) -> None:
     for why in result.damaged.values():
         console.print(f"[yellow]left out[/] {escape(why)}", soft_wrap=True)
     console.print(escape(result.verdict), soft_wrap=True)
+    if result.written:
+        again = "; its temperature was of other scores and is dropped: `perpixel calibrate` fits one anew" if result.uncalibrated else ""
+        console.print(f"[bold]written into the bundle[/]: predict and evaluate refine by it now{again}", soft_wrap=True)

@@ -82,7 +82,9 @@ def parse_label(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"\s*(?:#([0-9a-fA-F]{6})|(-?\d{1,8}))\s*=\s*(?:(\d{1,5})|ignore)\s*", text)
     if match is None:
-        raise ValueError(f"--label {text}: legal is VALUE=CLASS or VALUE=ignore, such as 255=1, 255=ignore or '#e0e0c0=ignore'")
+        raise ValueError(
+            f"--label {text}: legal is VALUE=CLASS or VALUE=ignore, classes by number from 0: 255=1, 255=ignore or '#e0e0c0=ignore'"
+        )
     color, number, target = match.groups()
     return ColorValue(color, 16) if color else int(number), IGNORE if target is None else int(target)
 
