@@ -282,9 +282,9 @@ def _in_both(
     place = {name: number for number, name in enumerate(two)}
     shared = [name for name in one if name in place]
     if not shared:
+        by_name = "Score both runs on the same set" if what == "images" else "Train both with the same --classes: they are paired by name"
         raise ValueError(
-            f"{first.name} and {second.name} have no {what} in common: {', '.join(one[:3])} ... and {', '.join(two[:3])} ... "
-            "Score both runs on the same set"
+            f"{first.name} and {second.name} have no {what} in common: {', '.join(one[:3])} ... and {', '.join(two[:3])} ... {by_name}"
         )
     alone = [(first, len(one) - len(shared)), (second, len(two) - len(shared))]
     told = " and ".join(f"{count} only in {run.name}" for run, count in alone if count)
