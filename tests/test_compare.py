@@ -353,8 +353,12 @@ def test_other_masks_no_common_image_and_files_without_counts_are_refused(file, 
         compare([first, file("b", 0.3, truth_seed=6)])
     with pytest.raises(ValueError, match=r"have no images in common: set/00\.png"):
         compare([first, file("c", 0.3, numbers=range(20, 24))])
+    other = json.loads(first.read_text())
+    for number, row in enumerate(other["classes"]):
+        row["name"] = f"value_{number}"
+    (tmp_path / "d.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"have no classes in common: .*Train both with the same --classes"):
-        compare([first, file("d", 0.3, classes=("one", "two", "three"))])
+        compare([first, tmp_path / "d.json"])
     old = tmp_path / "old.json"
     for text, why in (('{"miou": 0.5}', "holds no counts of each image"), ("{", "not a file of scores")):
         old.write_text(text)
