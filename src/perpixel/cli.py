@@ -218,7 +218,7 @@ def predict(
     with _live(False, "predicting") as progress:
         segmenter = load(bundle, refine=refine, precision=precision, augment=tta)
         result = predict_files(segmenter, inputs, out, task, progress, lambda plan: console.print(escape(plan), soft_wrap=True))
-    before = f", {result.before} of them from before the interruption" if result.before else ""
+    before = f", {result.before} of them there already" if result.before else ""
     console.print(f"{len(result.written)} label image{'s' * (len(result.written) != 1)} in [bold]{escape(str(out))}[/]{before}")
     if result.shared:
         console.print(f"{result.shared} more wait for the other shares of the work")

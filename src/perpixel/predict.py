@@ -45,7 +45,7 @@ class Predicted:
     written: list[Path] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)  # file -> why there is no prediction for it
     holes: dict[str, list[str]] = field(default_factory=dict)  # file -> its damaged pieces, whose labels say "not known"
-    before: int = 0  # of the written ones, those that an interrupted run had made
+    before: int = 0  # of the written ones, those that an interrupted run or another share had made
     shared: int = 0  # pictures of which this process made its share, and others have not finished theirs
 
 

@@ -226,11 +226,8 @@ def _opened(image: np.ndarray | Tensor | Path | str, card: Card) -> tuple[Source
             warnings.warn(f"{image}: holds {count} pictures; only the first is used. `perpixel predict` takes all", stacklevel=3)
         return open_source(Picture(Path(image)), bands), str(image)
     array = _as_bands(image)
-    if (
-        array.dtype == np.float32
-        and card.dtype != "float32"
-        and not str(image.dtype).removeprefix("torch.").startswith(("float", "bfloat"))
-    ):
+    floats = image.dtype.is_floating_point if isinstance(image, Tensor) else image.dtype.kind == "f"
+    if array.dtype == np.float32 and not floats and card.dtype != "float32":
         raise ValueError(f"image: its values are of type {image.dtype}; this model was trained on {card.dtype}. Give them as {card.dtype}")
     return WholeSource(array), "image"
 
