@@ -5,11 +5,13 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from perpixel import bundle as bundle_module
 from perpixel.bundle import FORMAT, load_bundle, read_tensors, save_bundle, save_tensors
 from perpixel.models import build
+from perpixel.predict import load
 
 WEIGHTS = {"a": torch.arange(60_000, dtype=torch.float32)}  # 240 kB
 
@@ -68,6 +71,37 @@ def test_what_a_run_writes_is_a_bundle_of_the_model_and_data_it_was_trained_on(r
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     mean, std = torch.tensor(bundle.card.mean)[:, None, None], torch.tensor(bundle.card.std)[:, None, None]
     torch.testing.assert_close(bundle.normalize(image), (image / 255 - mean) / std)
+
+
+def test_classes_get_other_names_as_the_docs_say_and_the_labels_stay(make_bundle, tmp_path):
+    path = make_bundle(classes=2)
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text("utf-8")
+    snippet = next(code for code in re.findall(r"```python\n(.+?)```", page, re.S) if "save_bundle(" in code)
+    renamed = tmp_path / "renamed.safetensors"
+    exec(snippet.replace("run/best.safetensors", str(path)).replace("run/renamed.safetensors", str(renamed)), {})
+    before, after = load(path), load(renamed)
+    assert after.classes == ["membrane", "cell"]
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    assert np.array_equal(before.predict(image), after.predict(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"classes": ["one"]}, "colors: .*2 for 1 classes"),
+        ({"tile": 0}, "tile: "),
+        ({"classes": "sky"}, "classes: "),
+        ({"mean": 3}, "mean: "),
+    ],
+)
+def test_a_card_changed_in_python_into_nonsense_is_refused_and_the_file_stays(make_bundle, changes, told):
+    path = make_bundle(classes=2)
+    bundle, content = load_bundle(path), path.read_bytes()
+    for name, value in changes.items():
+        setattr(bundle.card, name, value)
+    with pytest.raises(ValueError, match=told):
+        save_bundle(path, bundle.model.state_dict(), bundle.card)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("share", [1e-5, 1e-4, 0.01, 0.5, 0.999])

@@ -189,9 +189,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
-    """Writes weights (a model's state dict) and card as one file, atomically; a link stays one, and what it leads to is replaced."""
+    """Writes weights (a model's state dict) and card as one file, atomically; a link stays one, and what it leads to is replaced.
+
+    Raises:
+        ValueError: for a card that `load_bundle` would refuse; nothing is written then.
+    """
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
-    save_tensors(Path(os.path.realpath(path)), own, {"perpixel": card.model_dump_json(), "digest": digest_of(own)})
+    metadata = {"perpixel": card.model_dump_json(warnings=False), "digest": digest_of(own)}
+    read_card(path, metadata)  # may have been changed in Python since it was checked
+    save_tensors(Path(os.path.realpath(path)), own, metadata)
 
 
 def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
