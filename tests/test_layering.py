@@ -13,18 +13,19 @@ SOURCE = Path(find_spec("perpixel").origin).parent
 # Part -> the parts it may import. A part may always import itself.
 ARROWS = {
     "data": set(),
-    "models": set(),
+    "models": {"weight_files"},
+    "weight_files": set(),
     "metrics": set(),
     "losses": set(),
     "recipe": set(),
     "refinement": set(),
     "tiling": {"models"},
-    "paths": {"data"},
+    "paths": {"data", "weight_files"},
     "bundle": {"models", "data", "paths", "refinement"},
     "optimisation": {"models", "recipe"},
     "check": {"check_report", "data"},
     "check_report": {"check"},
-    "plan": {"check", "losses", "models", "optimisation", "recipe"},
+    "plan": {"check", "losses", "models", "optimisation", "recipe", "weight_files"},
     "weighting": {"check", "losses"},
     "scores": {"metrics"},
     "score_tables": {"evaluate", "metrics"},
@@ -115,10 +116,22 @@ def test_importing_perpixel_and_showing_help_load_neither_torch_nor_timm():
 
 
 @pytest.mark.parametrize(
-    "words", [("predict", "no.safetensors", "a.png"), ("evaluate", "no.safetensors", "images"), ("certify", "no.safetensors")]
+    ("words", "told"),
+    [
+        ("predict no.safetensors a.png", "no.safetensors: no such file"),
+        ("evaluate no.safetensors images", "no.safetensors: no such file"),
+        ("certify no.safetensors", "no.safetensors: no such file"),
+        ("predict page.safetensors page.safetensors", "page.safetensors: not a bundle: it holds a web page"),
+        ("train no-images", "no-images: there is no such file"),
+        ("train . --set train.stepz=3", "did you mean 'steps'"),
+        ("train . --recipe no_recipe", "no_recipe"),
+        ("train . --fast", "none is given"),
+        ("train . --steps 3 --minutes 1", "give one of them"),
+    ],
 )
-def test_a_wrong_path_is_told_without_loading_torch(words, tmp_path):
+def test_a_slip_of_the_hand_is_told_without_loading_torch(words, told, tmp_path):
+    (tmp_path / "page.safetensors").write_text("<html>")
     script = "import sys; from perpixel.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    said = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (said.returncode, said.stdout.strip()) == (2, "False")
-    assert "no.safetensors: no such file" in said.stderr
+    assert told in said.stderr

@@ -24,10 +24,10 @@ from perpixel.data.masks import IGNORE, LabelMap
 from perpixel.data.transforms import Normalize
 from perpixel.data.writing import replacing
 from perpixel.models import build
-from perpixel.models.encoders import fit_bands, is_pickled, no_weights
+from perpixel.models.encoders import fit_bands
 from perpixel.models.importing import import_weights
 from perpixel.models.model import SegmentationModel
-from perpixel.paths import WRITTEN, refuse_missing_bundle
+from perpixel.paths import WRITTEN, refuse_no_bundle
 
 __all__ = [
     "Bundle",
@@ -246,16 +246,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: missing, truncated, or another kind of file (a pickle is refused, never executed).
     """
-    refuse_missing_bundle(path)
+    refuse_no_bundle(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 safe_open is no dict
-    except PermissionError:
-        raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner") from None
     except (SafetensorError, OSError) as error:
-        pickled = "it looks like a pickle, which perpixel never executes" if is_pickled(path) else None
-        why = pickled or no_weights(path) or f"it is damaged or cut short ({error})"
-        raise ValueError(f"{path}: not a bundle: {why}. {WRITTEN}") from None
+        raise ValueError(f"{path}: not a bundle: it is damaged or cut short ({error}). {WRITTEN}") from None
 
 
 def read_card(path: Path, metadata: Mapping[str, str]) -> Card:

@@ -94,6 +94,11 @@ def train(
     label: Labels = None,
 ) -> None:
     """Check the data, plan the run and train. Writes OUT/best.safetensors and all that belongs to it."""
+    from perpixel.data.layouts import refuse_missing
+    from perpixel.recipe import stated_and_asked
+
+    stated_and_asked(recipe, fast, set_ or (), steps, minutes)  # a slip of the hand is told before PyTorch is loaded
+    refuse_missing(images, masks)
     from perpixel.train import train as run
 
     outcome = run(

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from perpixel.check import Check
 from perpixel.losses import PIXEL_LOSSES
 from perpixel.models import MODELS, InputGeometry, build
-from perpixel.models.encoders import no_weights, read_weights
+from perpixel.models.encoders import read_weights
 from perpixel.models.torchvision_trunks import IMAGENET_MEAN, IMAGENET_STD, TRUNKS, any_encoder
 from perpixel.models.unet import decoder_stages
 from perpixel.optimisation import PAUSE, validation_seconds
 from perpixel.recipe import Recipe, TrainSection, check_parts, merge, value_at
+from perpixel.weight_files import no_weights
 
 CROP_AREA = {"cpu": 256 * 320, "cuda": 512 * 512}  # pixels; a step of 4 such crops takes about half a second on two cores
 DEPTH = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes a value

@@ -238,6 +238,26 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return parts
 
 
+def stated_and_asked(
+    recipe: str | Path | None, fast: bool, settings: Sequence[str], steps: int | None, minutes: float | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts that a recipe states, without its training where that is to be `fast`, and parts that are asked for beside it; both checked."""
+    if fast and not recipe:
+        raise ValueError("fast says how to train the network of a recipe, and none is given; without a recipe training is fast as it is.")
+    stated = read_recipe(recipe) if recipe else {}
+    stated = {section: parts for section, parts in stated.items() if not (fast and section == "train")}
+    asked = read_settings(settings)
+    return stated, merge(asked, _length(steps, minutes, asked.get("train", {})))
+
+
+def _length(steps: int | None, minutes: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that says where the run ends; one given end replaces the other kind, but not one among the settings."""
+    ends = {"steps": steps, "minutes": minutes, "train.steps": settings.get("steps"), "train.minutes": settings.get("minutes")}
+    if len(given := [name for name, value in ends.items() if value is not None]) > 1:
+        raise ValueError(f"both {' and '.join(given)} are given; give one of them.")
+    return {"train": {"steps": steps, "minutes": minutes}} if steps is not None or minutes is not None else {}
+
+
 def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over one another; the later wins. Lists are replaced whole."""
     merged: dict[str, Any] = {}

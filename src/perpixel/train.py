@@ -21,7 +21,7 @@ from perpixel.data.masks import LabelMap
 from perpixel.optimisation import Clock, learning_rate, validation_seconds
 from perpixel.plan import plan, this_machine
 from perpixel.progress import TrainingLog
-from perpixel.recipe import Recipe, TrainSection, differing_keys, merge, read_recipe, read_settings, to_yaml, value_at
+from perpixel.recipe import Recipe, TrainSection, differing_keys, merge, read_recipe, stated_and_asked, to_yaml, value_at
 from perpixel.run import Run, write_text
 
 SAVE_EVERY = 60.0  # seconds between checkpoints, so that a kill costs a minute at most
@@ -74,8 +74,7 @@ def train(
         console = Console(quiet=True)  # the first process of `torchrun` speaks for all
     if not resume and (out / "resume.safetensors").exists():
         raise ValueError(f"{out} holds a run already. Add --resume (in Python resume=True) to go on with it, or choose another folder.")
-    stated, asked = _stated(recipe, fast), read_settings(settings)
-    asked = merge(asked, _length(steps, minutes, asked.get("train", {})))
+    stated, asked = stated_and_asked(recipe, fast, settings, steps, minutes)
     given, origins = merge(stated, asked), [("as you asked", asked), ("as the recipe says", stated)]
     resumed = resume and (out / "recipe.yaml").exists()
     if resumed:
@@ -192,22 +191,6 @@ def _fitting(given: Mapping[str, Any], path: str, card: Card, report: Check, con
     own = card.bands != report.bands
     data = {key: value for key, value in given["data"].items() if not (own and key in ("mean", "std") and value == getattr(card, key))}
     return {**given, "data": data}
-
-
-def _stated(recipe: str | Path | None, fast: bool) -> dict[str, Any]:
-    """The parts that a recipe states; without its training where that is to be `fast`."""
-    if fast and not recipe:
-        raise ValueError("fast says how to train the network of a recipe, and none is given; without a recipe training is fast as it is.")
-    stated = read_recipe(recipe) if recipe else {}
-    return {section: parts for section, parts in stated.items() if not (fast and section == "train")}
-
-
-def _length(steps: int | None, minutes: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that says where the run ends; one given end replaces the other kind, but not one among the settings."""
-    ends = {"steps": steps, "minutes": minutes, "train.steps": settings.get("steps"), "train.minutes": settings.get("minutes")}
-    if len(given := [name for name, value in ends.items() if value is not None]) > 1:
-        raise ValueError(f"both {' and '.join(given)} are given; give one of them.")
-    return {"train": {"steps": steps, "minutes": minutes}} if steps is not None or minutes is not None else {}
 
 
 def _refuse_other_meaning(classes: str | None, labels: Mapping[int, int] | None, data: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perpixel.models.depthwise import with_safe_gradients
 from perpixel.models.layers import double_convolution
 from perpixel.models.model import Features
+from perpixel.weight_files import is_pickled, no_weights
 
 EncoderWeights = None | bool | str | Path
 NO_WEIGHTS = "encoder_weights=None (in a command --set model.encoder_weights=null)"
@@ -165,29 +166,6 @@ def _why_unread(path: Path, error: Exception) -> str:
     if is_pickled(path) and isinstance(error, pickle.UnpicklingError):
         return "not a file of tensors only; anything else is refused, not executed. Save model.state_dict()"
     return f"damaged or cut short ({_first_line(error)}); fetch it again"
-
-
-def no_weights(path: Path) -> str | None:
-    """What is wrong with a file by its first bytes; None where it begins as weights do, or is cut before that shows."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        return f"can't be read ({error.strerror or error})"
-    if not head:
-        return "the file is empty; fetch it again"
-    if head.lstrip().startswith(b"<"):
-        return "it holds a web page, no weights; fetch the file itself"
-    if not is_pickled(path) and head[8:9] not in (b"", b"{"):  # safetensors: the header's length in 8 bytes, then JSON
-        return "no file of weights, neither of safetensors nor of torch.save"
-    return None
-
-
-def is_pickled(path: Path) -> bool:
-    """Whether a file begins as a pickle of protocol 2 or later, or as the zip archive of pickles that torch.save writes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def batch_norm_is_folded(state: Mapping[str, Tensor]) -> bool:
