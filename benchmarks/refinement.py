@@ -30,8 +30,7 @@ from perpixel.metrics import tallies
 from perpixel.metrics.bands import Trimap
 from perpixel.metrics.intervals import difference
 from perpixel.metrics.region import Region
-from perpixel.refinement.candidates import Candidate
-from perpixel.refinement.refiners import REFINERS
+from perpixel.refinement.candidates import SEARCHED, Candidate
 from perpixel.search import Search, learned_costs, miou, set_miou
 
 WIDTHS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
@@ -83,7 +82,7 @@ def main() -> None:
         costs = learned_costs([pair.mask for pair in train if pair.mask], bundle.label_map, len(card.classes))
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
-        for name, learned in itertools.product(REFINERS, (False, True)):
+        for name, learned in itertools.product(SEARCHED, (False, True)):
             search.forget()
             until = time.monotonic() + 60 * given.minutes
             search.explore(name, costs if learned else None, until, only_learned=learned)

@@ -5,8 +5,9 @@ python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8 | --weights 
 FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations, and every
 slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
 Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" are the same nets
-with `--tta rotations,flips`. The differences have intervals over the slices, which are neighbours in one volume: they are too narrow
-for other volumes. The board scored the best of ten thresholds of a probability map; so are these, thresholds chosen on all slices.
+with `--tta rotations,flips`, "watershed" with `--refine watershed` besides. The differences have intervals over the slices, which are
+neighbours in one volume: they are too narrow for other volumes. The board scored the best of ten thresholds of a probability map; so are
+these, thresholds chosen on all slices.
 Where wrong pixels lie is told at the threshold of 0.5, beside the share of them on slices that the nets were trained on.
 
 With --weights it is the general U-Net on the encoder that FILE is for, at full resolution; the encoder's own rate is a fifth of the others'
@@ -45,8 +46,12 @@ ROWS: dict[str, tuple[list[str], int]] = {
     "2 slices": ([], 2),
     "1 slice": ([], 1),
 }
-# Row -> the row whose nets it predicts with, in all views.
-ROTATED = {"rotations": "as planned", "border weights, rotations": "border weights"}
+# Row -> the row whose nets it predicts with, in all views, and the refiner.
+ROTATED = {
+    "rotations": ("as planned", "none"),
+    "rotations, watershed": ("as planned", "watershed"),
+    "border weights, rotations": ("border weights", "none"),
+}
 VIEWS = "rotations,flips"
 NEAR = (1, 2)  # pixels from an edge of the truth
 # Of the general U-Net: the plan, made for photographs, trains the encoder at a fiftieth of the rate and stops at stride 2.
@@ -94,14 +99,14 @@ def net_of(given: argparse.Namespace) -> str:
     return str(given.weights.stem if given.weights else given.width)
 
 
-def scored(bundle: Path, data: Path, fold: int, slices: int, views: str) -> tuple[Board, np.ndarray]:
+def scored(bundle: Path, data: Path, fold: int, slices: int, views: str, refiner: str) -> tuple[Board, np.ndarray]:
     """The board's scores of the fold's slices, and (wrong, those of them NEAR an edge, pixels, wrong and pixels of others).
 
     The others are slices that the net was trained on, five at most.
     """
     held, kept = parts_of(fold, slices)
     images, masks = (tifffile.imread(data / "isbi2012" / f"train-{kind}.tif") for kind in ("volume", "labels"))
-    segmenter, board = load(bundle, augment=views), Board()
+    segmenter, board = load(bundle, refine=refiner, augment=views), Board()
     counts = np.zeros(4 + len(NEAR), np.int64)
     for number in [*held, *kept[:: -(-len(kept) // 5)]]:
         apart = number in held
@@ -160,12 +165,12 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     first: Board | None = None
     for name in given.rows:
-        nets = ROTATED.get(name, name)
+        nets, refiner = ROTATED.get(name, (name, "none"))
         settings, slices = ROWS[nets]
         bundles = [trained(given, nets, fold, settings, slices) for fold in given.folds]
         board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
         for bundle, fold in zip(bundles, given.folds, strict=True):
-            of_fold, counted = scored(bundle, given.data, fold, slices, VIEWS if name in ROTATED else "")
+            of_fold, counted = scored(bundle, given.data, fold, slices, VIEWS if name in ROTATED else "", refiner)
             board.merge(of_fold)
             counts += counted
         first = board if first is None else first

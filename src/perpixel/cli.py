@@ -34,7 +34,7 @@ Classes = Annotated[str | None, typer.Option(help="Class names: a file with one 
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="A mask value's meaning: 255=1, 255=ignore, '#ff0000=2'.", show_default=False)
 ]
-Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf.")]
+Refine = Annotated[str, typer.Option(help="bundle: as `perpixel tune` found best; none; or dense_crf, grid_mrf, gaussian_crf, watershed.")]
 Absent = Annotated[str, typer.Option(help="Classes absent from the truth, in means: union, truth or zero (docs/scores.md).")]
 Precision = Annotated[str, typer.Option(help="float32, or bf16: faster; up to 5 labels in 1000 differ, SegNet's up to 3 in 100.")]
 Views = Annotated[
@@ -322,7 +322,7 @@ def refine(
         typer.Argument(help="Probabilities or logits: .npy, .npz or multi-band TIFF, (K, H, W) or (H, W, K); or a folder, by names."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the label image.")] = Path("refined"),
-    refiner: Annotated[str, typer.Option(help="dense_crf, grid_mrf or gaussian_crf.")] = "dense_crf",
+    refiner: Annotated[str, typer.Option(help="dense_crf, grid_mrf, gaussian_crf or watershed.")] = "dense_crf",
     set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the refiner: iterations=5", show_default=False)] = None,
     kind: Annotated[str, typer.Option(help="What the scores are: probabilities, logits, or auto.")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also OUT/probabilities: float16 .npy, (K, H, W).")] = False,

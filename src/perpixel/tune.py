@@ -23,8 +23,7 @@ from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import find_layout, split_pairs
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
-from perpixel.refinement.candidates import Candidate
-from perpixel.refinement.refiners import REFINERS
+from perpixel.refinement.candidates import SEARCHED, Candidate
 from perpixel.search import Progress, Search, learned_costs, miou, set_miou
 
 PREDICTING_SHARE = 0.35  # of the time
@@ -129,7 +128,7 @@ def tune(
         bundle: its path; rewritten in place, with the refiner, only where the interval of the gain in mIoU is above zero. The gain is
             over the refiner that the bundle has already, where it has one.
         images, masks: any layout that `perpixel check` understands.
-        refiners: names in `REFINERS` to search among, or one name; None: all.
+        refiners: names in `SEARCHED` to search among, or one name; None: all.
         minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
         split: the part to search on; label costs are learned from the masks of the part "train".
         labels: mask value -> class index or 255, over the bundle's own label map.
@@ -137,12 +136,14 @@ def tune(
         device: where to compute; None: on the GPU where there is one.
 
     Raises:
-        ValueError: an unknown refiner, no images in the part, or none that could be read.
+        ValueError: an unknown refiner or the watershed, no images in the part, or none that could be read.
     """
-    start, refiners = time.monotonic(), list(REFINERS) if refiners is None else [refiners] if isinstance(refiners, str) else refiners
+    start, refiners = time.monotonic(), list(SEARCHED) if refiners is None else [refiners] if isinstance(refiners, str) else refiners
     for name in refiners:
-        if name not in REFINERS:
-            raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(REFINERS)}")
+        if name == "watershed":
+            raise ValueError("a watershed's lines are too thin for mIoU, so tune doesn't search it; compare `evaluate --refine watershed`")
+        if name not in SEARCHED:
+            raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(SEARCHED)}")
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; a search needs more than 0")
     path = Path(bundle)

@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from perpixel.refinement.gaussian_crf import GaussianCRF
     from perpixel.refinement.grid_mrf import GridMRF
     from perpixel.refinement.refiners import REFINERS, build_refiner
+    from perpixel.refinement.watershed import Watershed
 
-__all__ = ["REFINERS", "DenseCRF", "GaussianCRF", "GridMRF", "build_refiner", "crf_as_rnn", "fit_compatibility"]
+__all__ = ["REFINERS", "DenseCRF", "GaussianCRF", "GridMRF", "Watershed", "build_refiner", "crf_as_rnn", "fit_compatibility"]
 
 _HOME = {
     "DenseCRF": "dense_crf",
     "crf_as_rnn": "dense_crf",
     "GaussianCRF": "gaussian_crf",
     "GridMRF": "grid_mrf",
+    "Watershed": "watershed",
     "REFINERS": "refiners",
     "build_refiner": "refiners",
     "fit_compatibility": "compatibility",

@@ -8,6 +8,7 @@ from typing import Any
 from perpixel.refinement.dense_crf import NETWORK_SCORES
 
 Costs = list[list[float]]  # (K, K) label costs
+SEARCHED = ("dense_crf", "grid_mrf", "gaussian_crf")  # not the watershed: its lines are too thin for mIoU, which decides
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,21 @@ from torch import nn
 from perpixel.refinement.dense_crf import NETWORK_SCORES, DenseCRF
 from perpixel.refinement.gaussian_crf import GaussianCRF
 from perpixel.refinement.grid_mrf import GridMRF
+from perpixel.refinement.watershed import Watershed
 
-REFINERS: dict[str, type[nn.Module]] = {"dense_crf": DenseCRF, "grid_mrf": GridMRF, "gaussian_crf": GaussianCRF}
+REFINERS: dict[str, type[nn.Module]] = {
+    "dense_crf": DenseCRF,
+    "grid_mrf": GridMRF,
+    "gaussian_crf": GaussianCRF,
+    "watershed": Watershed,
+}
 
 
 def build_refiner(name: str, options: Mapping[str, Any] | None = None, full_scale: float = 255.0) -> nn.Module:
     """A refiner by its name in `REFINERS`, in eval mode.
 
     Args:
-        name: "dense_crf", "grid_mrf" or "gaussian_crf".
+        name: "dense_crf", "grid_mrf", "gaussian_crf" or "watershed".
         options: arguments of its class; the others take their defaults.
         full_scale: the value of a white pixel. Where no kernels are given, the dense CRF's bandwidths of colours, which are made for 255,
             are scaled to it.

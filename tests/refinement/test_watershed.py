@@ -1,0 +1,178 @@
+"""The watershed: what touches is divided, by the same flood as scikit-image's, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage.segmentation import watershed as flood_of_scikit_image
+
+from perpixel.bundle import RefinerCard, load_bundle, save_bundle
+from perpixel.metrics.thresholds import Board
+from perpixel.predict import load
+from perpixel.refinement import Watershed, build_refiner
+from perpixel.refinement.watershed import _flood, dividing_lines
+
+IMAGE = torch.zeros(1, 1, 60, 90)
+
+
+def logits_of(objects):
+    """(1, 2, H, W) of the probability of class 1."""
+    objects = torch.as_tensor(objects, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+    return torch.stack([(1 - objects).log(), objects.log()])[None]
+
+
+def two_cells(gap=12):
+    """(60, 90) probability of the inside of two cells, and the truth: a membrane between them with a gap of so many rows."""
+    inside = np.zeros((60, 90), np.float32)
+    inside[4:56, 4:86] = 0.98
+    truth = inside > 0.5
+    truth[:, 43:46] = False
+    inside[:, 43:46] = np.minimum(inside[:, 43:46], 0.05)
+    inside[24 : 24 + gap, 43:46] = 0.7  # likelier inside than not
+    return inside, truth
+
+
+def noise(seed, shape=(60, 90), sigma=2.5):
+    smooth = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), sigma)
+    return ((smooth - smooth.min()) / np.ptp(smooth)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_flood_is_that_of_scikit_image(seed):
+    heights = np.argsort(np.argsort((1 - noise(seed)).ravel())).reshape(60, 90).astype(np.uint16)  # each once
+    seeds, count = ndimage.label(noise(seed + 10) > 0.75)
+    assert count > 3
+    expected = flood_of_scikit_image(heights, seeds, connectivity=1)
+    basins = seeds.copy()
+    _flood(heights, basins)
+    assert (basins != 0).all()
+    assert np.array_equal(basins, expected)
+
+
+def test_a_membrane_with_a_gap_is_closed_and_one_cell_is_two():
+    inside, truth = two_cells()
+    plain = logits_of(inside)
+    refined = Watershed()(plain, IMAGE)
+    components = [ndimage.label(scores[0].argmax(0).numpy())[1] for scores in (plain, refined)]
+    assert components == [1, 2]
+    errors = []
+    for scores in (plain, refined):
+        board = Board()
+        board.update(truth, scores.softmax(1)[0, 1].numpy())
+        errors.append(board.curves()["rand_error"][5])
+    assert errors[0] > 0.3
+    assert errors[1] < 0.02
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lines_divide_whatever_has_two_seeds_at_every_threshold_and_join_nothing(seed):
+    objects = noise(seed)
+    plain = logits_of(objects)
+    refined = Watershed(seed=0.7, smallest=5)(plain, IMAGE)
+    after, before = (scores.softmax(1)[0, 1].numpy() for scores in (refined, plain))
+    seeds = ndimage.label(before > 0.7)[0]
+    assert (np.bincount(seeds.ravel())[1:] >= 5).sum() > 2
+    large = np.where((np.bincount(seeds.ravel()) >= 5)[seeds], seeds, 0)
+    for threshold in (0.1, 0.3, 0.5, 0.7):
+        pieces, number = ndimage.label(after > threshold)
+        wholes, _ = ndimage.label(before > threshold)
+        for piece in range(1, number + 1):
+            within = pieces == piece
+            assert len(np.unique(wholes[within])) == 1
+            assert len(np.setdiff1d(np.unique(large[within]), [0])) <= 1
+
+
+def test_lines_are_one_pixel_wide_and_all_other_scores_stay():
+    plain = logits_of(two_cells()[0])
+    refined = Watershed()(plain, IMAGE)
+    changed = (refined != plain).any(1)[0].numpy()
+    assert np.array_equal(refined[:, 1], plain[:, 1])
+    assert changed.sum(1).max() == 1
+    assert set(np.flatnonzero(changed.any(0))) <= {43, 44, 45}
+
+
+@pytest.mark.parametrize("objects", [np.zeros((60, 90)), np.ones((60, 90)), np.full((60, 90), 0.6)], ids=["none", "one", "unsure"])
+def test_where_fewer_than_two_seeds_are_nothing_changes(objects):
+    plain = logits_of(objects)
+    assert torch.equal(Watershed()(plain, IMAGE), plain)
+
+
+def test_seeds_that_are_too_small_or_not_sure_enough_divide_nothing():
+    plain = logits_of(two_cells()[0])
+    for options in ({"smallest": 52 * 40}, {"seed": 0.99}):
+        assert torch.equal(Watershed(**options)(plain, IMAGE), plain)
+
+
+def test_a_pixel_alone_and_a_single_row_are_flooded_too():
+    assert torch.equal(Watershed()(logits_of(np.ones((1, 1))), IMAGE[..., :1, :1]), logits_of(np.ones((1, 1))))
+    row = np.array([[0.99, 0.6, 0.5, 0.4, 0.7, 0.99]], np.float32)
+    assert dividing_lines(row, 0.9, 1).tolist() == [[False, False, False, True, False, False]]
+
+
+def test_the_class_between_may_be_any_of_several():
+    inside, _ = two_cells()
+    two = logits_of(inside)
+    three = torch.stack([two[:, 1] - 0.5, two[:, 0], two[:, 1] - 0.5], 1)  # the inside is shared by classes 0 and 2
+    refined = Watershed(between=1)(three, IMAGE)
+    assert torch.equal(refined[:, [0, 2]], three[:, [0, 2]])
+    assert ndimage.label(three[0].argmax(0).numpy() != 1)[1] == 1
+    assert ndimage.label(refined[0].argmax(0).numpy() != 1)[1] == 2
+
+
+def test_a_batch_is_refined_as_its_images_are_one_by_one():
+    batch = torch.cat([logits_of(noise(seed)) for seed in range(3)])
+    refiner = Watershed(seed=0.7, smallest=5)
+    together = refiner(batch, IMAGE.expand(3, -1, -1, -1))
+    assert torch.equal(together, torch.cat([refiner(one[None], IMAGE) for one in batch]))
+    assert not torch.equal(together, batch)
+
+
+def test_gradients_pass_through_the_scores_that_stay():
+    plain = logits_of(two_cells()[0]).requires_grad_()
+    refined = Watershed()(plain, IMAGE)
+    refined.sum().backward()
+    stayed = (refined == plain).all(1, keepdim=True).expand_as(plain)
+    assert (plain.grad[stayed] == 1).all()
+    assert torch.isfinite(plain.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"between": -1}, "between=-1"),
+        ({"between": 1.0}, "between=1.0"),
+        ({"between": True}, "between=True"),
+        ({"seed": 1.0}, "seed=1.0"),
+        ({"seed": float("nan")}, "seed=nan"),
+        ({"smallest": 0}, "smallest=0"),
+        ({"smallest": 2.5}, "smallest=2.5"),
+        ({"lines": 2}, "no option 'lines'; it takes between, seed, smallest"),
+        ({"seed": "high"}, "wrong kind"),
+    ],
+    ids=str,
+)
+def test_illegal_options_are_refused_by_name(options, told):
+    with pytest.raises(ValueError, match=told):
+        build_refiner("watershed", options)
+
+
+@pytest.mark.parametrize(("classes", "between"), [(1, 0), (2, 2)])
+def test_scores_without_the_class_between_or_another_are_refused(classes, between):
+    with pytest.raises(ValueError, match=rf"between={between}, and the scores are of {classes} classes"):
+        Watershed(between=between)(torch.zeros(1, classes, 60, 90), IMAGE)
+
+
+def test_options_build_it_again():
+    refiner = build_refiner("watershed", {"between": 1, "seed": 0.8, "smallest": 7})
+    assert build_refiner("watershed", refiner.options()).options() == {"between": 1, "seed": 0.8, "smallest": 7}
+
+
+def test_a_bundle_can_carry_it_and_prediction_refines_by_it(make_bundle, tmp_path):
+    bundle = load_bundle(make_bundle(classes=2))
+    options = {"seed": 0.5, "smallest": 3}
+    bundle.card.refiner = RefinerCard(name="watershed", options=options)
+    save_bundle(tmp_path / "divided.safetensors", bundle.model.state_dict(), bundle.card)
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    plain = load(tmp_path / "divided.safetensors", refine="none").logits(image)
+    refined = load(tmp_path / "divided.safetensors").logits(image)
+    assert torch.equal(refined, build_refiner("watershed", options)(plain[None], torch.zeros(1, 3, 40, 50))[0])
