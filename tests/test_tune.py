@@ -402,6 +402,7 @@ def test_wrong_requests_are_refused(scenes, make_bundle):
     path = make_bundle()
     for arguments, message in [
         ({"refiners": ["crf"]}, "unknown refiner 'crf'"),
+        ({"refiners": ["watershed"]}, "too thin for mIoU"),
         ({"minutes": 0}, "needs more than 0"),
         ({"split": "test"}, "no labelled images in the part 'test'"),
     ]:
