@@ -104,6 +104,18 @@ def test_a_card_changed_in_python_into_nonsense_is_refused_and_the_file_stays(ma
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_bundle_whose_first_bytes_are_those_of_a_pickle_is_read(tmp_path, length):
+    """Safetensors begin with the length of the header, pickles with 0x80 and their version."""
+    path = tmp_path / "model.safetensors"
+    for padding in range(length):
+        save_tensors(path, {"a": torch.ones(3)}, {"padding": "x" * padding})
+        if int.from_bytes(path.read_bytes()[:8], "little") >= length:
+            break
+    assert path.read_bytes()[:2] == bytes([0x80, length >> 8])
+    assert torch.equal(read_tensors(path)[0]["a"], torch.ones(3))
+
+
 @pytest.mark.parametrize("share", [1e-5, 1e-4, 0.01, 0.5, 0.999])
 def test_a_bundle_cut_off_anywhere_is_refused_by_name(make_bundle, share):
     path = make_bundle()

@@ -42,11 +42,12 @@ __all__ = [
 ]
 
 FORMAT = 1  # raised when an older perpixel could not read what this one writes
+LINES = "watershed"  # a refiner that leaves scores as they are, but for thin lines
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class RefinerCard(BaseModel):
-    """The refiner that tuning found for a model, and what it showed on the validation images."""
+    """The refiner that tuning found for a model, and what it showed on the validation images; or one put there in Python."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -153,7 +154,7 @@ class Bundle:
         """The refiner for this model's scores, on its device.
 
         Args:
-            choice: "bundle": the one that `perpixel tune` put there, if any; "none"; or the name of one, with its default options.
+            choice: "bundle": the one that it carries, if any; "none"; or the name of one, with its default options.
 
         Raises:
             ValueError: for an unknown name, or a bundle whose refiner can't be built.
@@ -168,12 +169,12 @@ class Bundle:
     def refiner_words(self, choice: str = "bundle") -> str:
         """What `refiner` gives, for people: "none", or its name and where its options come from."""
         if choice == "bundle" and self.card.refiner is not None:
-            return f"{self.card.refiner.name}, as `perpixel tune` found it"
+            return f"{self.card.refiner.name}, as {'`perpixel tune` found it' if self.card.refiner.gain else 'the bundle has it'}"
         return "none" if choice in ("bundle", "none") else f"{choice}, with its defaults"
 
     def temperature(self, choice: str = "bundle") -> float:
         """What to divide scores by before softmax; 1 where nothing was fitted, or not for scores refined by `choice` (see `refiner`)."""
-        fitted = choice == "bundle" or (choice == "none" and self.card.refiner is None)
+        fitted = choice == "bundle" or (choice in ("none", LINES) and self.card.refiner is None)
         return self.card.temperature.value if fitted and self.card.temperature is not None else 1.0
 
 
@@ -192,12 +193,20 @@ def save_bundle(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Writes weights (a model's state dict) and card as one file, atomically; a link stays one, and what it leads to is replaced.
 
     Raises:
-        ValueError: for a card that `load_bundle` would refuse; nothing is written then.
+        ValueError: for a card with a value of the wrong kind, or more or fewer colours than classes; nothing is written then.
     """
+    try:
+        card = Card.model_validate(card.model_dump(warnings=False))  # it may have been changed in Python since it was checked
+    except ValidationError as error:
+        raise ValueError(f"{path}: not written: the card's {_first_of(error)}") from None
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}  # once, for digest and file
-    metadata = {"perpixel": card.model_dump_json(warnings=False), "digest": digest_of(own)}
-    read_card(path, metadata)  # may have been changed in Python since it was checked
-    save_tensors(Path(os.path.realpath(path)), own, metadata)
+    save_tensors(Path(os.path.realpath(path)), own, {"perpixel": card.model_dump_json(), "digest": digest_of(own)})
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first thing wrong, with its key."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def start_from_bundle(model: SegmentationModel, path: Path) -> list[str]:
@@ -263,9 +272,7 @@ def read_card(path: Path, metadata: Mapping[str, str]) -> Card:
         made_by, number = raw.get("perpixel", "?"), int(raw.get("format", FORMAT))
         card = Card.model_validate(raw) if number <= FORMAT else None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: the bundle's metadata is damaged: {key}: {first['msg']}") from None
+        raise ValueError(f"{path}: the bundle's metadata is damaged: {_first_of(error)}") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: the bundle's metadata is damaged: {error}") from None
     if card is None:

@@ -197,7 +197,7 @@ class Segmenter:
 def load(bundle: Path | str, device: str | None = None, refine: str = "bundle", precision: str = "float32", augment: str = "") -> Segmenter:
     """A segmenter from a bundle file, on the GPU where there is one (its own, of several processes) unless `device` says otherwise.
 
-    `refine`: "bundle": its scores are refined as `perpixel tune` found best, if it did; "none"; or the name of a refiner.
+    `refine`: "bundle": its scores are refined as it says, which `perpixel tune` found best; "none"; or the name of a refiner.
     `precision`, `augment`: see `Segmenter`.
 
     Raises:

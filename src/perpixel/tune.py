@@ -136,7 +136,7 @@ def tune(
         device: where to compute; None: on the GPU where there is one.
 
     Raises:
-        ValueError: an unknown refiner or the watershed, no images in the part, or none that could be read.
+        ValueError: an unknown refiner or the watershed, asked for or in the bundle, no images in the part, or none that could be read.
     """
     start, refiners = time.monotonic(), list(SEARCHED) if refiners is None else [refiners] if isinstance(refiners, str) else refiners
     for name in refiners:
@@ -148,7 +148,12 @@ def tune(
         raise ValueError(f"minutes is {minutes}; a search needs more than 0")
     path = Path(bundle)
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    card, layout = loaded.card, find_layout(images, masks)
+    card = loaded.card
+    if card.refiner is not None and card.refiner.name not in SEARCHED:
+        raise ValueError(
+            f"{path} has the {card.refiner.name}, which mIoU can't judge, so nothing is put in its place; see docs/refinement.md"
+        )
+    layout = find_layout(images, masks)
     if layout.classes_file is not None:
         refuse_other_names(layout.classes_file, card.classes, loaded.label_map, labels or {})
     chosen = layout.labelled(split, card.val_fraction, card.split_seed)
@@ -161,8 +166,7 @@ def tune(
     if len(labelled := np.flatnonzero(search.plain[..., 1].sum(0))) < 2 <= search.classes:
         what = f"hold nothing but '{card.classes[labelled[0]]}'" if len(labelled) else "have no labelled pixel"
         raise ValueError(f"{images}: the masks {what} under the bundle's label map, so there is nothing to tune on: were they made for it?")
-    own = card.refiner
-    present = None if own is None else Candidate(own.name, own.options)
+    present = None if card.refiner is None else Candidate(card.refiner.name, card.refiner.options)
     if present is not None:
         search.attempt(present)
     parts = split_pairs(layout.pairs, card.val_fraction, card.split_seed)

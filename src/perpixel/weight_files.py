@@ -22,5 +22,7 @@ def no_weights(path: Path) -> str | None:
 def is_pickled(path: Path) -> bool:
     """Whether a file begins as a pickle of protocol 2 or later, or as the zip archive of pickles that torch.save writes."""
     with path.open("rb") as file:
-        head = file.read(4)
-    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+        head = file.read(9)
+    if head[4:] == b"\0\0\0\0{":  # safetensors whose header's length begins like a pickle
+        return False
+    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))

@@ -1,16 +1,21 @@
 """The watershed: what touches is divided, by the same flood as scikit-image's, and nothing else changes."""
 
+import heapq
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 from skimage.segmentation import watershed as flood_of_scikit_image
 
-from perpixel.bundle import RefinerCard, load_bundle, save_bundle
+from perpixel.bundle import RefinerCard, TemperatureCard, load_bundle, save_bundle
 from perpixel.metrics.thresholds import Board
 from perpixel.predict import load
 from perpixel.refinement import Watershed, build_refiner
 from perpixel.refinement.watershed import _flood, dividing_lines
+from perpixel.tune import tune
 
 IMAGE = torch.zeros(1, 1, 60, 90)
 
@@ -49,6 +54,29 @@ def test_the_flood_is_that_of_scikit_image(seed):
     assert np.array_equal(basins, expected)
 
 
+def flooded(heights, seeds):
+    """The definition, slowly: the lowest of the pixels that wait, and of equal ones the first that came, gives its number to its sides."""
+    basins, came = seeds.copy(), itertools.count()
+    waiting = [(heights[place], next(came), place) for place in zip(*np.nonzero(seeds), strict=True)]
+    heapq.heapify(waiting)
+    while waiting:
+        y, x = heapq.heappop(waiting)[2]
+        for v, u in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+            if 0 <= v < heights.shape[0] and 0 <= u < heights.shape[1] and basins[v, u] == 0:
+                basins[v, u] = basins[y, x]
+                heapq.heappush(waiting, (heights[v, u], next(came), (v, u)))
+    return basins
+
+
+@pytest.mark.parametrize("levels", [1, 3, 50, 60000])
+def test_of_equal_heights_the_first_that_came_is_first(levels):
+    heights = (noise(1, (40, 30)) * (levels - 1)).astype(np.uint16)
+    seeds = ndimage.label(noise(2, (40, 30)) > 0.75)[0]
+    basins = seeds.copy()
+    _flood(heights, basins)
+    assert np.array_equal(basins, flooded(heights, seeds))
+
+
 def test_a_membrane_with_a_gap_is_closed_and_one_cell_is_two():
     inside, truth = two_cells()
     plain = logits_of(inside)
@@ -65,7 +93,7 @@ def test_a_membrane_with_a_gap_is_closed_and_one_cell_is_two():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_lines_divide_whatever_has_two_seeds_at_every_threshold_and_join_nothing(seed):
+def test_lines_divide_whatever_has_two_seeds_at_every_threshold_also_by_corners_and_raise_no_object(seed):
     objects = noise(seed)
     plain = logits_of(objects)
     refined = Watershed(seed=0.7, smallest=5)(plain, IMAGE)
@@ -73,16 +101,15 @@ def test_lines_divide_whatever_has_two_seeds_at_every_threshold_and_join_nothing
     seeds = ndimage.label(before > 0.7)[0]
     assert (np.bincount(seeds.ravel())[1:] >= 5).sum() > 2
     large = np.where((np.bincount(seeds.ravel()) >= 5)[seeds], seeds, 0)
-    for threshold in (0.1, 0.3, 0.5, 0.7):
-        pieces, number = ndimage.label(after > threshold)
-        wholes, _ = ndimage.label(before > threshold)
+    assert (after <= before + 1e-6).all()
+    for threshold, corners in itertools.product((0.1, 0.3, 0.5, 0.7), (False, True)):
+        touching = np.ones((3, 3)) if corners else None
+        pieces, number = ndimage.label(after > threshold, touching)
         for piece in range(1, number + 1):
-            within = pieces == piece
-            assert len(np.unique(wholes[within])) == 1
-            assert len(np.setdiff1d(np.unique(large[within]), [0])) <= 1
+            assert len(np.setdiff1d(np.unique(large[pieces == piece]), [0])) <= 1
 
 
-def test_lines_are_one_pixel_wide_and_all_other_scores_stay():
+def test_a_line_through_a_straight_gap_is_one_pixel_wide_and_all_other_scores_stay():
     plain = logits_of(two_cells()[0])
     refined = Watershed()(plain, IMAGE)
     changed = (refined != plain).any(1)[0].numpy()
@@ -127,13 +154,28 @@ def test_a_batch_is_refined_as_its_images_are_one_by_one():
     assert not torch.equal(together, batch)
 
 
-def test_gradients_pass_through_the_scores_that_stay():
+def test_gradients_pass_through_the_scores_that_stay_and_from_a_line_to_the_largest():
     plain = logits_of(two_cells()[0]).requires_grad_()
     refined = Watershed()(plain, IMAGE)
-    refined.sum().backward()
-    stayed = (refined == plain).all(1, keepdim=True).expand_as(plain)
-    assert (plain.grad[stayed] == 1).all()
-    assert torch.isfinite(plain.grad).all()
+    refined[:, 0].sum().backward()
+    line = (refined != plain).any(1)
+    assert line.any()
+    assert (plain.grad[:, 0][~line] == 1).all()
+    assert (plain.grad[:, 1][~line] == 0).all()
+    largest = plain.argmax(1)
+    assert torch.equal(plain.grad.gather(1, largest[:, None])[:, 0][line], torch.ones(int(line.sum())))
+    assert (plain.grad.sum(1)[line] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float16, torch.float32)]
+)
+def test_the_type_of_the_scores_is_kept_but_half_precision(given, kept):
+    plain = logits_of(two_cells()[0]).to(given)
+    refined = Watershed()(plain, IMAGE)
+    assert refined.dtype == kept
+    assert torch.equal(refined[:, 1], plain[:, 1].to(kept))
+    assert (refined != plain.to(kept)).any()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +189,8 @@ def test_gradients_pass_through_the_scores_that_stay():
         ({"smallest": 0}, "smallest=0"),
         ({"smallest": 2.5}, "smallest=2.5"),
         ({"lines": 2}, "no option 'lines'; it takes between, seed, smallest"),
-        ({"seed": "high"}, "wrong kind"),
+        ({"seed": "high"}, "wrong kind.*seed is 'high'"),
+        ({"seed": False}, "wrong kind.*seed is False"),
     ],
     ids=str,
 )
@@ -176,3 +219,31 @@ def test_a_bundle_can_carry_it_and_prediction_refines_by_it(make_bundle, tmp_pat
     plain = load(tmp_path / "divided.safetensors", refine="none").logits(image)
     refined = load(tmp_path / "divided.safetensors").logits(image)
     assert torch.equal(refined, build_refiner("watershed", options)(plain[None], torch.zeros(1, 3, 40, 50))[0])
+
+
+def test_scores_of_other_tools_are_divided_by_the_command_and_its_options(tmp_path, command):
+    inside, _ = two_cells()
+    Image.fromarray(np.zeros((60, 90), np.uint8)).save(tmp_path / "slice.png")
+    np.save(tmp_path / "slice.npy", np.stack([inside, 1 - inside]))  # class 1 lies between
+    words = ("refine", tmp_path / "slice.png", tmp_path / "slice.npy", "--refiner", "watershed", "--set", "between=1")
+    assert command(*words, "-o", tmp_path / "divided").code == 0
+    labels = np.asarray(Image.open(tmp_path / "divided" / "slice.png"))
+    assert ndimage.label(labels == 0)[1] == 2
+
+
+def test_it_keeps_the_temperature_that_other_refiners_drop(make_bundle):
+    bundle = load_bundle(make_bundle(classes=2))
+    bundle.card.temperature = TemperatureCard(value=1.5)
+    assert [bundle.temperature(choice) for choice in ("none", "watershed", "dense_crf")] == [1.5, 1.5, 1.0]
+    bundle.card.refiner = RefinerCard(name="watershed")
+    assert [bundle.temperature(choice) for choice in ("bundle", "none", "watershed")] == [1.5, 1.0, 1.0]
+    assert bundle.refiner_words() == "watershed, as the bundle has it"
+
+
+def test_tune_puts_nothing_in_its_place(make_bundle, tmp_path):
+    path = make_bundle(classes=2)
+    bundle = load_bundle(path)
+    bundle.card.refiner = RefinerCard(name="watershed")
+    save_bundle(path, bundle.model.state_dict(), bundle.card)
+    with pytest.raises(ValueError, match="has the watershed, which mIoU can't judge"):
+        tune(path, tmp_path, tmp_path)

@@ -22,7 +22,7 @@ class Candidate:
     def words(self) -> str:
         """The options for people, label costs as a word."""
         shown = {key: "learned" if key == "compatibility" else value for key, value in self.options.items() if value is not None}
-        return f"{self.name} " + ", ".join(f"{key}={value}" for key, value in shown.items())
+        return f"{self.name} {', '.join(f'{key}={value}' for key, value in shown.items())}".rstrip()
 
     @property
     def learned(self) -> bool:

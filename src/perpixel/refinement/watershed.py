@@ -1,7 +1,8 @@
 """Watershed: objects that touch are divided by a line, and membranes with gaps are closed.
 
 Source: Beucher & Meyer 1993, "The morphological approach to segmentation: the watershed transformation" (flooding from seeds by an ordered
-queue). SciPy's watershed measures slopes, not heights; scikit-image's is the same as this one, and would be a dependency for one function.
+queue, first come first served). SciPy's watershed measures slopes, not heights; scikit-image's is this one but for the order of equal
+heights, and would be a dependency for one function.
 """
 
 import numpy as np
@@ -12,27 +13,36 @@ from torch import Tensor, nn
 
 from perpixel.refinement.scores import checked
 
-GAP = 10.0  # by which a line's score is above all others: a probability of 0.99995, which any threshold sees and no mean is swamped by
+GAP = 10.0  # of a line's score above all others: a probability of 0.99995 of two classes, which thresholds see and a cross-entropy survives
 LEVELS = 65535  # of the flood
+# Neighbours by sides, then by corners, where sides have left any: the one before and the one after.
+TOUCHING = (
+    (np.s_[:-1], np.s_[1:]),
+    (np.s_[:, :-1], np.s_[:, 1:]),
+    (np.s_[:-1, :-1], np.s_[1:, 1:]),
+    (np.s_[:-1, 1:], np.s_[1:, :-1]),
+)
 
 
 class Watershed(nn.Module):
     """Divides objects that touch, and closes gaps in what lies between them, by a watershed of the scores.
 
     Each 4-connected region of pixels that are surely not of the class `between` is the seed of one object. The seeds grow over the image,
-    the likeliest pixels of objects first, until they meet; there `between` gets a line, one pixel wide, across which no two objects are
-    4-connected. All other scores stay: a line divides what was one, nothing is ever joined, and what has no seed is left as it is.
+    the likeliest pixels of objects first, until they meet; there `between` gets a thin line, across which no two objects touch, not even
+    by corners. All other scores stay: a line divides what was one, nothing is ever joined, and what has no seed is left as it is.
 
     It is for a membrane or a background and what it surrounds: a gap of some pixels is hardly seen by mIoU, but makes one cell of two. All
     classes but `between` are taken together. Gradients pass through the scores that stay, and where a line's own is raised, to the largest.
 
     Args:
         between: the class that lies between objects.
-        seed: the probability of not being of this class above which a pixel is a seed; higher divides more.
+        seed: the probability of not being of this class, by softmax of the given scores, above which a pixel is of a seed. Higher parts
+            more seeds that are joined; lower keeps objects that are never so sure.
         smallest: pixels of the smallest seed.
 
     Raises:
-        ValueError: if an argument is out of range, or there is no class `between`, or no other.
+        ValueError: if an argument is out of range.
+        TypeError: if `seed` is no number.
     """
 
     def __init__(self, between: int = 0, seed: float = 0.9, smallest: int = 50) -> None:
@@ -40,6 +50,8 @@ class Watershed(nn.Module):
         for name, value, least, what in (("between", between, 0, "the number of a class"), ("smallest", smallest, 1, "a number of pixels")):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}; it is {what}, {least} or more")
+        if not isinstance(seed, float | int) or isinstance(seed, bool):
+            raise TypeError(f"seed is {seed!r}; it is a probability, from 0 to below 1")
         if not 0 <= seed < 1:
             raise ValueError(f"seed={seed!r}; it is a probability, from 0 to below 1")
         self.between, self.seed, self.smallest = between, float(seed), smallest
@@ -66,8 +78,7 @@ class Watershed(nn.Module):
             raise ValueError(f"between={self.between}, and the scores are of {logits.shape[1]} classes; there must be it and another one")
         objects = 1 - logits.detach().softmax(1)[:, self.between]
         lines = torch.from_numpy(np.stack([dividing_lines(each, self.seed, self.smallest) for each in objects.cpu().numpy()]))
-        certain = torch.maximum(logits[:, self.between], logits.amax(1) + GAP)
-        divided = torch.where(lines.to(logits.device), certain, logits[:, self.between])
+        divided = torch.where(lines.to(logits.device), logits.amax(1) + GAP, logits[:, self.between])
         return torch.cat([logits[:, : self.between], divided[:, None], logits[:, self.between + 1 :]], 1)
 
 
@@ -75,16 +86,16 @@ def dividing_lines(objects: np.ndarray, seed: float, smallest: int) -> np.ndarra
     """(H, W) bool: where the basins of a flood meet.
 
     Args:
-        objects: (H, W) float32 probability of objects; the flood rises from the highest down.
+        objects: (H, W) probability of objects, float; the flood rises from the highest down.
         seed, smallest: see `Watershed`.
     """
     basins, count = ndimage.label(objects > seed)
     small = np.bincount(basins.ravel(), minlength=count + 1) < smallest
     basins[small[basins]] = 0
-    _flood(np.ascontiguousarray((1 - objects) * LEVELS).astype(np.uint16), basins)
+    _flood(((1 - objects) * LEVELS).astype(np.uint16, order="C"), basins)
     lines = np.zeros(objects.shape, bool)
-    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        meet = basins[before] != basins[after]
+    for before, after in TOUCHING:
+        meet = (basins[before] != basins[after]) & ~(lines[before] | lines[after])
         first = objects[before] <= objects[after]  # of the two that touch, the one that is less of an object
         lines[before] |= meet & first
         lines[after] |= meet & ~first
