@@ -5,7 +5,7 @@ python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8 | --weights 
 FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations, and every
 slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
 Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" are the same nets
-with `--tta rotations,flips`, "watershed" with `--refine watershed` besides. The differences have intervals over the slices, which are
+with `--tta rotations,flips`, "watershed" with `--refine watershed`. The differences have intervals over the slices, which are
 neighbours in one volume: they are too narrow for other volumes. The board scored the best of ten thresholds of a probability map; so are
 these, thresholds chosen on all slices.
 Where wrong pixels lie is told at the threshold of 0.5, beside the share of them on slices that the nets were trained on.
@@ -46,13 +46,14 @@ ROWS: dict[str, tuple[list[str], int]] = {
     "2 slices": ([], 2),
     "1 slice": ([], 1),
 }
-# Row -> the row whose nets it predicts with, in all views, and the refiner.
-ROTATED = {
-    "rotations": ("as planned", "none"),
-    "rotations, watershed": ("as planned", "watershed"),
-    "border weights, rotations": ("border weights", "none"),
-}
 VIEWS = "rotations,flips"
+# Row -> the row whose nets it predicts with, the views and the refiner.
+OTHERWISE = {
+    "rotations": ("as planned", VIEWS, "none"),
+    "watershed": ("as planned", "", "watershed"),
+    "rotations, watershed": ("as planned", VIEWS, "watershed"),
+    "border weights, rotations": ("border weights", VIEWS, "none"),
+}
 NEAR = (1, 2)  # pixels from an edge of the truth
 # Of the general U-Net: the plan, made for photographs, trains the encoder at a fiftieth of the rate and stops at stride 2.
 ON_ENCODER = ("model.options.head_stride=1", "train.encoder_lr_scale=0.2", "train.freeze_batch_norm=false")
@@ -80,17 +81,16 @@ def write_fold(data: Path, out: Path, fold: int, slices: int) -> None:
 
 
 def trained(given: argparse.Namespace, name: str, fold: int, settings: Sequence[str], slices: int) -> Path:
-    """The best bundle of a row's fold, by the command a person would type; kept where it is there already."""
+    """The best bundle of a row's fold, by the command a person would type; a run that is there goes on, or is found to be finished."""
     run = given.runs / f"{name} {net_of(given)} {given.steps} crop {given.crop} fold {fold}".replace(" ", "-")
-    if not (run / "evaluation.json").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            write_fold(given.data, Path(folder), fold, slices)
-            words = [sys.executable, "-m", "perpixel", "train", str(Path(folder) / "images"), str(Path(folder) / "masks"), "-o", str(run)]
-            words += ["--classes", "membrane,cell", "--steps", str(given.steps), "--resume"]
-            net = [f"model.encoder_weights={given.weights}", *ON_ENCODER] if given.weights else [f"model.options.width={given.width}"]
-            for setting in [*net, f"train.crop=[{given.crop}, {given.crop}]", "train.validations=3", "train.report=false", *settings]:
-                words += ["--set", setting]
-            subprocess.run(words, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_fold(given.data, Path(folder), fold, slices)
+        words = [sys.executable, "-m", "perpixel", "train", str(Path(folder) / "images"), str(Path(folder) / "masks"), "-o", str(run)]
+        words += ["--classes", "membrane,cell", "--steps", str(given.steps), "--resume"]
+        net = [f"model.encoder_weights={given.weights}", *ON_ENCODER] if given.weights else [f"model.options.width={given.width}"]
+        for setting in [*net, f"train.crop=[{given.crop}, {given.crop}]", "train.validations=3", "train.report=false", *settings]:
+            words += ["--set", setting]
+        subprocess.run(words, check=True)
     return run / "best.safetensors"
 
 
@@ -129,9 +129,13 @@ def shares_of(counts: np.ndarray) -> dict[str, Any]:
 
 
 def row_of(board: Board, first: Board) -> dict[str, Any]:
-    """Scores at the best threshold over the slices, and the gain over the first row with its interval."""
+    """Scores at the best threshold over the slices and at that of labels, and the gain over the first row with its interval."""
     row: dict[str, Any] = {"slices": len(board.pairs.names)}
-    row["scores"] = {name: {"value": round(value, 5), "threshold": threshold} for name, (value, threshold) in board.best().items()}
+    labels = {name: round(float(curve[board.thresholds.index(0.5)]), 5) for name, curve in board.curves().items()}
+    row["scores"] = {
+        name: {"value": round(value, 5), "threshold": threshold, "of_labels": labels[name]}
+        for name, (value, threshold) in board.best().items()
+    }
     if board is not first:
         gains = {}
         for name in row["scores"]:
@@ -157,7 +161,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="of an encoder; without them the paper's net of --width")
     parser.add_argument("--crop", type=int, default=192)
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
-    every = [*ROWS, *ROTATED]
+    every = [*ROWS, *OTHERWISE]
     parser.add_argument("--rows", nargs="+", choices=every, default=every)
     parser.add_argument("--runs", type=Path, help="where the runs stay; a temporary folder without it")
     given = parser.parse_args()
@@ -165,12 +169,12 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     first: Board | None = None
     for name in given.rows:
-        nets, refiner = ROTATED.get(name, (name, "none"))
+        nets, views, refiner = OTHERWISE.get(name, (name, "", "none"))
         settings, slices = ROWS[nets]
         bundles = [trained(given, nets, fold, settings, slices) for fold in given.folds]
         board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
         for bundle, fold in zip(bundles, given.folds, strict=True):
-            of_fold, counted = scored(bundle, given.data, fold, slices, VIEWS if name in ROTATED else "", refiner)
+            of_fold, counted = scored(bundle, given.data, fold, slices, views, refiner)
             board.merge(of_fold)
             counts += counted
         first = board if first is None else first
