@@ -167,13 +167,15 @@ def main() -> None:
     given = parser.parse_args()
     given.runs = given.runs or Path(tempfile.mkdtemp())
     rows: dict[str, dict[str, Any]] = {}
+    bundles: dict[str, list[Path]] = {}
     first: Board | None = None
     for name in given.rows:
         nets, views, refiner = OTHERWISE.get(name, (name, "", "none"))
         settings, slices = ROWS[nets]
-        bundles = [trained(given, nets, fold, settings, slices) for fold in given.folds]
+        if nets not in bundles:
+            bundles[nets] = [trained(given, nets, fold, settings, slices) for fold in given.folds]
         board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
-        for bundle, fold in zip(bundles, given.folds, strict=True):
+        for bundle, fold in zip(bundles[nets], given.folds, strict=True):
             of_fold, counted = scored(bundle, given.data, fold, slices, views, refiner)
             board.merge(of_fold)
             counts += counted
