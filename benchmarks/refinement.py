@@ -31,7 +31,7 @@ from perpixel.metrics.bands import Trimap
 from perpixel.metrics.intervals import difference
 from perpixel.metrics.region import Region
 from perpixel.refinement.candidates import SEARCHED, Candidate
-from perpixel.search import Search, learned_costs, miou, set_miou
+from perpixel.search import Search, learned_costs, miou
 
 WIDTHS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
 
@@ -47,7 +47,7 @@ def scores(search: Search, by_image: list[Candidate | None]) -> tuple[dict[str, 
     row = {
         "global": float(tallies.pixel_accuracy(tally)),
         "average": float(tallies.mean_accuracy(tally)),
-        "miou": miou(tally),
+        "miou": float(search.aim.score(tally)),
         "trimap": {str(width): float(tallies.pixel_accuracy(counts)) for width, counts in zip(WIDTHS, trimap.counts, strict=True)},
     }
     return row, region.images.table
@@ -78,7 +78,7 @@ def main() -> None:
         card = bundle.card
         train, val = (find_layout(given.images).labelled(part, card.val_fraction, card.split_seed) for part in ("train", "val"))
         data = LabelledImages(val, bundle.label_map, card.bands, card.dtype, cache=False)
-        search = Search(bundle, data, float("inf"), None)
+        search = Search(bundle, data, float("inf"), None, miou(len(card.classes)))
         costs = learned_costs([pair.mask for pair in train if pair.mask], bundle.label_map, len(card.classes))
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})
@@ -89,7 +89,7 @@ def main() -> None:
             entries = list(search.tables.values())
             by_image = cross_fitted(search, entries)
             row, table = scores(search, by_image)
-            gain = difference(base, table, set_miou)
+            gain = difference(base, table, search.aim.score)
             best = search.best(entries, np.ones(len(search.scores), bool))[0]
             shown = {key: value for key, value in best.options.items() if key != "compatibility"}
             extra = {"refiner": name, "label_costs": "learned" if learned else "Potts", "candidates": len(entries), "options": shown}

@@ -2,12 +2,13 @@
 
 python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8 | --weights FILE] [--folds 0 1 2 3 4] [--rows NAME ...] [--runs FOLDER]
 
-FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations, and every
-slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for such images (paper:
-Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations" are the same nets
-with `--tta rotations,flips`, "watershed" with `--refine watershed`. The differences have intervals over the slices, which are
-neighbours in one volume: they are too narrow for other volumes. The board scored the best of ten thresholds of a probability map; so are
-these, thresholds chosen on all slices.
+FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations and the
+temperature, and every slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for
+such images (paper: Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations"
+are the same nets with `--tta rotations,flips`, "watershed" with `--refine watershed`, and "fitted seed" with the one of SEEDS whose Rand
+error is least on the slices of the other folds, each as the net that has not seen it predicts it. The differences have intervals over the
+slices, which are neighbours in one volume: they are too narrow for other volumes. The board scored the best of ten thresholds of a
+probability map; so are these, thresholds chosen on all slices.
 Where wrong pixels lie is told at the threshold of 0.5, beside the share of them on slices that the nets were trained on.
 
 With --weights it is the general U-Net on the encoder that FILE is for, at full resolution; the encoder's own rate is a fifth of the others'
@@ -15,11 +16,12 @@ and its batch norm is trained, since photographs tell it little about electron m
 """
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from perpixel.metrics.intervals import values_table
 from perpixel.metrics.measures import MEASURES
 from perpixel.metrics.thresholds import Board
 from perpixel.predict import load
+from perpixel.refine import refine
+from perpixel.refinement import Watershed
 
 SLICES, FOLDS = 30, 5
 # Row -> settings beside the common ones, slices to train on.
@@ -47,12 +51,15 @@ ROWS: dict[str, tuple[list[str], int]] = {
     "1 slice": ([], 1),
 }
 VIEWS = "rotations,flips"
-# Row -> the row whose nets it predicts with, the views and the refiner.
-OTHERWISE = {
-    "rotations": ("as planned", VIEWS, "none"),
-    "watershed": ("as planned", "", "watershed"),
-    "rotations, watershed": ("as planned", VIEWS, "watershed"),
-    "border weights, rotations": ("border weights", VIEWS, "none"),
+SEED = inspect.signature(Watershed).parameters["seed"].default
+SEEDS = (0.8, 0.85, 0.9, 0.95, 0.97)
+# Row -> the row whose nets it predicts with, the views, and seeds for a watershed to choose from.
+OTHERWISE: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "rotations": ("as planned", VIEWS, ()),
+    "watershed": ("as planned", "", (SEED,)),
+    "rotations, watershed": ("as planned", VIEWS, (SEED,)),
+    "rotations, watershed, fitted seed": ("as planned", VIEWS, SEEDS),
+    "border weights, rotations": ("border weights", VIEWS, ()),
 }
 NEAR = (1, 2)  # pixels from an edge of the truth
 # Of the general U-Net: the plan, made for photographs, trains the encoder at a fiftieth of the rate and stops at stride 2.
@@ -99,26 +106,46 @@ def net_of(given: argparse.Namespace) -> str:
     return str(given.weights.stem if given.weights else given.width)
 
 
-def scored(bundle: Path, data: Path, fold: int, slices: int, views: str, refiner: str) -> tuple[Board, np.ndarray]:
+def predicted(bundle: Path, data: Path, fold: int, slices: int, views: str) -> dict[int, np.ndarray]:
+    """(2, H, W) probabilities of the fold's slices, and of up to five that the net was trained on."""
+    held, kept = parts_of(fold, slices)
+    segmenter, images = load(bundle, refine="none", augment=views), tifffile.imread(data / "isbi2012" / "train-volume.tif")
+    return {number: segmenter.probabilities(images[number]) for number in [*held, *kept[:: -(-len(kept) // 5)]]}
+
+
+def divided(probabilities: np.ndarray, seed: float) -> np.ndarray:
+    """As `--refine watershed` does it, with another seed."""
+    return refine(np.zeros(probabilities.shape[1:], np.uint8), probabilities, "watershed", {"seed": seed}, kind="probabilities")
+
+
+def scored(probabilities: Mapping[int, np.ndarray], data: Path, fold: int) -> tuple[Board, np.ndarray]:
     """The board's scores of the fold's slices, and (wrong, those of them NEAR an edge, pixels, wrong and pixels of others).
 
-    The others are slices that the net was trained on, five at most.
+    The others are those that the net was trained on.
     """
-    held, kept = parts_of(fold, slices)
-    images, masks = (tifffile.imread(data / "isbi2012" / f"train-{kind}.tif") for kind in ("volume", "labels"))
-    segmenter, board = load(bundle, refine=refiner, augment=views), Board()
-    counts = np.zeros(4 + len(NEAR), np.int64)
-    for number in [*held, *kept[:: -(-len(kept) // 5)]]:
-        apart = number in held
-        inside, probability = masks[number] > 0, segmenter.probabilities(images[number])[1]
+    held, masks = parts_of(fold, 0)[0], tifffile.imread(data / "isbi2012" / "train-labels.tif")
+    board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
+    for number, (_, probability) in probabilities.items():
+        inside = masks[number] > 0
         wrong = inside != (probability > 0.5)
-        if apart:
+        if number in held:
             board.update(masks[number], probability, name=str(number))
             distance = np.maximum(ndimage.distance_transform_edt(inside), ndimage.distance_transform_edt(~inside))
             counts[:-2] += [wrong.sum(), *((wrong & (distance <= near)).sum() for near in NEAR), wrong.size]
         else:
             counts[-2:] += [wrong.sum(), wrong.size]
     return board, counts
+
+
+def fitted(boards: Mapping[float, Sequence[Board]], fold: int) -> float:
+    """The seed whose Rand error is least on the slices of all folds but this place's."""
+    errors = {}
+    for seed, of_folds in boards.items():
+        others = Board()
+        for board in [*of_folds[:fold], *of_folds[fold + 1 :]]:
+            others.merge(board)
+        errors[seed] = others.best()["rand_error"][0]
+    return min(errors, key=errors.__getitem__)
 
 
 def shares_of(counts: np.ndarray) -> dict[str, Any]:
@@ -165,22 +192,31 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=every, default=every)
     parser.add_argument("--runs", type=Path, help="where the runs stay; a temporary folder without it")
     given = parser.parse_args()
+    if fitting := [name for name in given.rows if len(OTHERWISE.get(name, ("", "", ()))[2]) > 1 and len(given.folds) < 2]:
+        parser.error(f"'{fitting[0]}' chooses on other folds, and --folds is one; name other --rows")
     given.runs = given.runs or Path(tempfile.mkdtemp())
     rows: dict[str, dict[str, Any]] = {}
     bundles: dict[str, list[Path]] = {}
     first: Board | None = None
     for name in given.rows:
-        nets, views, refiner = OTHERWISE.get(name, (name, "", "none"))
+        nets, views, seeds = OTHERWISE.get(name, (name, "", ()))
         settings, slices = ROWS[nets]
         if nets not in bundles:
             bundles[nets] = [trained(given, nets, fold, settings, slices) for fold in given.folds]
-        board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
+        found: dict[float, list[tuple[Board, np.ndarray]]] = {seed: [] for seed in seeds or (0,)}
         for bundle, fold in zip(bundles[nets], given.folds, strict=True):
-            of_fold, counted = scored(bundle, given.data, fold, slices, views, refiner)
-            board.merge(of_fold)
-            counts += counted
+            plain = predicted(bundle, given.data, fold, slices, views)
+            for seed, of_folds in found.items():
+                maps = {number: divided(each, seed) for number, each in plain.items()} if seeds else plain
+                of_folds.append(scored(maps, given.data, fold))
+        boards = {seed: [board for board, _ in of_folds] for seed, of_folds in found.items()}
+        chosen = [fitted(boards, place) for place in range(len(given.folds))] if len(found) > 1 else list(found) * len(given.folds)
+        board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
+        for place, seed in enumerate(chosen):
+            board.merge(found[seed][place][0])
+            counts += found[seed][place][1]
         first = board if first is None else first
-        rows[name] = row_of(board, first) | {"pixels": shares_of(counts)}
+        rows[name] = row_of(board, first) | {"pixels": shares_of(counts)} | ({"seeds": chosen} if seeds else {})
         net = {"encoder": given.weights.stem} if given.weights else {"width": given.width}
         content = {"steps": given.steps, **net, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
         write(f"unet-isbi2012-{net_of(given)}-{given.steps}", content)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy import ndimage
 
-from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
+from perpixel.bundle import RefinerCard, TemperatureCard, load_bundle, save_bundle
 from perpixel.data.images import Picture
 from perpixel.data.masks import LabelMap
 from perpixel.evaluate import evaluate
@@ -19,7 +20,7 @@ from perpixel.predict import load
 from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, neighbours
 from perpixel.refinement.compatibility import fit_compatibility
 from perpixel.refinement.refiners import build_refiner
-from perpixel.search import Search, _evenly, learned_costs
+from perpixel.search import Search, _evenly, learned_costs, miou
 from perpixel.tune import FEWEST, Tuning, judged, render, tune
 
 SIDE = 40
@@ -87,11 +88,11 @@ def test_a_refiner_that_helps_is_written_with_its_gain_and_then_used(scenes, mak
     told = Console(record=True, width=200, file=io.StringIO())
     render(result, told)
     assert "written into the bundle: predict and evaluate refine by it now; its temperature" in told.export_text()
-    assert result.miou.low > 0.05
+    assert result.gain.low > 0.05
     assert result.boundary_after > result.boundary_before
     assert result.boundary.value == pytest.approx(result.boundary_after - result.boundary_before)
     assert (card.refiner.name, card.refiner.options) == (result.chosen.name, result.chosen.options)
-    assert card.refiner.gain["miou_gain"]["low"] == pytest.approx(result.miou.low)
+    assert card.refiner.gain["miou_gain"]["low"] == pytest.approx(result.gain.low)
     # The same two scores, counted by NumPy; with one candidate tried, cross-validation refines all images by it.
     search = Search.__new__(Search)
     search.scores = []
@@ -129,7 +130,7 @@ def searched(plain, tables):
     """A search that has counted already: tallies (N, K, 3) without a refiner, and of each candidate."""
     search = Search.__new__(Search)
     search.scores, search.plain, search.left_out = [None] * len(plain), plain, 0
-    search.classes, search.ignore = plain.shape[1], 255
+    search.classes, search.ignore, search.aim = plain.shape[1], 255, miou(plain.shape[1])
     search.tables = {str(place): (Candidate("dense_crf", {"iterations": place}), table) for place, table in enumerate(tables)}
     search.found_on = {}
     search.folds = halves(len(plain))
@@ -148,7 +149,7 @@ def useless(rng, images=8, waves=64):
     some images, and what lies around it, says nothing of others. There is one class, with 700 hits in 1000 on average.
     """
     search = Search.__new__(Search)
-    search.bundle, search.progress = SimpleNamespace(full_scale=255), None
+    search.bundle, search.progress, search.aim = SimpleNamespace(full_scale=255), None, miou(1)
     search.scores, search.tables, search.found_on = [None] * images, {}, {}
     search.folds = halves(images)
     heights, frequencies, phases = rng.standard_normal((images, waves)), rng.standard_normal((5, waves)), rng.uniform(0, 2 * np.pi, waves)
@@ -242,15 +243,16 @@ def test_removing_a_few_pixels_of_classes_that_are_nowhere_in_the_truth_is_no_ga
     refined[:, :, 2] -= np.where(plain[:, :, 1] == 0, plain[:, :, 2], 0)
     refined[:, :, 0] -= np.where(plain[:, :, 1] > 0, 30, 0)
     found = judged(searched(plain, [refined]), None)
-    assert found.miou.value < 0
-    assert found.miou.low <= found.miou.value <= found.miou.high
+    assert found.gain.value < 0
+    assert found.gain.low <= found.gain.value <= found.gain.high
     assert not found.accepted
 
 
 def test_an_accepted_refiner_that_costs_boundaries_says_how_much():
     better = Interval(0.03, 0.01, 0.05, 0.99, FEWEST)
     for change, told in ((-0.0125, "8 images; boundary F falls by 1.25 points"), (0.0125, "8 images"), (float("nan"), "8 images")):
-        found = Tuning(FEWEST, 0.8, chosen=Candidate("grid_mrf", {}), miou=better, boundary=Interval(change, -0.02, 0.02, 0.99, FEWEST))
+        found = Tuning(miou(3), FEWEST, 0.8, chosen=Candidate("grid_mrf", {}), gain=better)
+        found.boundary = Interval(change, -0.02, 0.02, 0.99, FEWEST)
         assert found.accepted
         assert found.verdict.endswith(told)
 
@@ -341,7 +343,7 @@ def test_each_half_is_scored_with_what_was_best_on_the_other(scenes, make_bundle
     """Of two candidates one is perfect on the first half and wrong on the second, the other the reverse: nothing is left of either."""
     gives(monkeypatch, noisy)
     path = make_bundle()
-    search = Search(load_bundle(path), _images(scenes, path), 0, None)
+    search = Search(load_bundle(path), _images(scenes, path), 0, None, miou(3))
     good = np.stack([search.plain.sum(0) * 0 + np.array([10, 10, 10])] * len(search.plain))
     bad = np.stack([search.plain.sum(0) * 0 + np.array([0, 10, 10])] * len(search.plain))
     first = (np.arange(len(search.plain)) < len(search.plain) / 2)[:, None, None]
@@ -402,7 +404,9 @@ def test_wrong_requests_are_refused(scenes, make_bundle):
     path = make_bundle()
     for arguments, message in [
         ({"refiners": ["crf"]}, "unknown refiner 'crf'"),
-        ({"refiners": ["watershed"]}, "too thin for mIoU"),
+        ({"refiners": ["watershed", "grid_mrf"]}, "too thin for mIoU, and other refiners by mIoU: search it alone"),
+        ({"between": "class 1"}, "is the class between objects, for a watershed, and none is searched"),
+        ({"refiners": "watershed", "between": "wall"}, "no class 'wall' to lie between objects; the classes are class 0, class 1, class 2"),
         ({"minutes": 0}, "needs more than 0"),
         ({"split": "test"}, "no labelled images in the part 'test'"),
     ]:
@@ -416,3 +420,104 @@ def test_the_command_prints_the_gain_and_what_it_did(scenes, make_bundle, comman
     found = json.loads(said.out)
     assert found["candidates"] >= 1
     assert {"miou_gain", "boundary_f_gain", "accepted", "verdict"} <= found.keys()
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Ten pictures of two cells with a wall between them, 1 where a cell is."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(10):
+        labels = np.ones((SIDE, SIDE), np.uint8)
+        labels[:, 15 + number : 17 + number] = 0
+        Image.fromarray(np.stack([80 * labels] * 3, -1)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(labels).save(tmp_path / "masks" / f"{number}.png")
+    return tmp_path
+
+
+def leaking(labels, generator):
+    """Scores of (wall, cell) that want a temperature of 4, and in each wall a gap of some rows, where a cell is likelier."""
+    inside = torch.where(labels == 1, 0.95, 0.05)
+    first = int(torch.randint(5, SIDE - 15, (), generator=generator))
+    gap = inside[first : first + 8]
+    gap[gap < 0.5] = 0.6
+    return 4 * torch.stack([(1 - inside).log(), inside.log()])
+
+
+def leaking_the_other_way(labels, generator):
+    return leaking(1 - labels, generator).flip(0)
+
+
+def v_rand_by_numpy(truth, guess):
+    """2 sum p_ij^2 / (sum s_i^2 + sum t_j^2) over the pixels of true cells, those predicted to be wall a segment of their own."""
+    true, found = ndimage.label(truth)[0], ndimage.label(guess)[0]
+    table = np.zeros((true.max() + 1, found.max() + 1))
+    np.add.at(table, (true[true > 0], found[true > 0]), 1)
+    return 2 * (table**2).sum() / ((table.sum(0) ** 2).sum() + (table.sum(1) ** 2).sum())
+
+
+@pytest.mark.parametrize("wall", [0, 1], ids=["wall first", "wall last"])
+def test_a_watershed_is_judged_by_v_rand_and_written_with_the_temperature_kept(cells, make_bundle, monkeypatch, wall):
+    path = make_bundle(classes=2)
+    bundle = load_bundle(path)
+    names, temperature = (["wall", "cell"], ["cell", "wall"])[wall], TemperatureCard(value=4.0)
+    label_map = bundle.card.label_map | {"values": {"0": wall, "1": 1 - wall}}
+    card = bundle.card.model_copy(update={"temperature": temperature, "classes": names, "label_map": label_map})
+    save_bundle(path, bundle.model.state_dict(), card)
+    gives(monkeypatch, (leaking, leaking_the_other_way)[wall])
+    asked = {"refiners": "watershed", "between": "wall", "minutes": 0.05, "split": "train"}
+    result = tune(path, cells / "images", cells / "masks", **asked)
+    assert result.accepted
+    assert "points of V_rand" in result.verdict
+    card = load_bundle(path).card
+    assert (card.refiner.name, card.refiner.options["between"]) == ("watershed", wall)
+    assert "temperature" not in card.refiner.options, "a later calibration counts"
+    assert card.temperature == temperature
+    assert card.refiner.gain["v_rand_gain"]["low"] == pytest.approx(result.gain.low)
+    search = Search.__new__(Search)
+    search.scores = []
+    Search._predict(search, _images(cells, path), 0)
+    refiner = load_bundle(path).refiner()
+    for score, given in ((result.before, lambda logits, image: logits), (result.best["watershed"][1], refiner)):
+        guesses = [(labels.numpy() != wall, given(logits, image)[0].argmax(0).numpy() != wall) for logits, image, labels in search.scores]
+        assert score == pytest.approx(np.mean([v_rand_by_numpy(*pair) for pair in guesses]))
+    again = tune(path, cells / "images", cells / "masks", **asked)
+    assert again.present.name == "watershed"
+    assert not again.accepted
+
+
+def test_a_watershed_in_place_of_another_refiner_drops_the_temperature(cells, make_bundle, monkeypatch):
+    path = make_bundle(classes=2)
+    bundle = load_bundle(path)
+    cards = {"temperature": TemperatureCard(value=4.0), "refiner": RefinerCard(name="grid_mrf", options={"strength": 0.01})}
+    save_bundle(path, bundle.model.state_dict(), bundle.card.model_copy(update=cards))
+    gives(monkeypatch, lambda labels, generator: leaking(labels, generator) / 4)
+    result = tune(path, cells / "images", cells / "masks", refiners="watershed", minutes=0.05, split="train")
+    assert result.written
+    assert result.uncalibrated
+    card = load_bundle(path).card
+    assert (card.refiner.name, card.temperature) == ("watershed", None)
+
+
+def test_cells_that_are_parted_already_leave_the_bundle_as_it_is(cells, make_bundle, monkeypatch):
+    path = make_bundle(classes=2)
+    before = path.read_bytes()
+    gives(monkeypatch, lambda labels, generator: 9.0 * torch.nn.functional.one_hot(labels, 2).permute(2, 0, 1).float())
+    result = tune(path, cells / "images", cells / "masks", refiners="watershed", minutes=0.02, split="train")
+    assert result.before == 1
+    assert not result.accepted
+    assert path.read_bytes() == before
+
+
+def test_every_watershed_that_a_search_comes_to_is_legal():
+    for centre in (defaults("watershed", 1.0), *coarse_grid("watershed", 1.0), Candidate("watershed", {"seed": 0.1, "smallest": 1})):
+        for candidate in (centre, *neighbours(centre, 2**0.5, None)):
+            build_refiner("watershed", candidate.options)
+
+
+def test_the_command_searches_a_watershed_for_the_class_between(cells, make_bundle, command):
+    words = ("tune", make_bundle(classes=2), cells / "images", cells / "masks", "--minutes", "0.05", "--refiner", "watershed", "--json")
+    said = command(*words, "--between", "class 1")
+    assert said.code == 0
+    assert {"v_rand_gain", "boundary_f_gain", "accepted", "verdict"} <= json.loads(said.out).keys()
+    assert json.loads(said.out)["chosen"]["options"]["between"] == 1

@@ -161,10 +161,20 @@ class Bundle:
         """
         if choice == "none" or (choice == "bundle" and self.card.refiner is None):
             return None
+        if choice == "bundle" and self.card.refiner is not None:
+            return self.built_refiner(self.card.refiner.name, self.card.refiner.options)
+        return self.built_refiner(choice, {})
+
+    def built_refiner(self, name: str, options: Mapping[str, Any]) -> nn.Module:
+        """Any refiner for this model's scores, on its device; options that are not given suit its images and its temperature.
+
+        Raises:
+            ValueError: for an unknown name or option, or an illegal value.
+        """
         from perpixel.refinement.refiners import build_refiner  # its compiled loops take as long to load as a small prediction takes
 
-        spec = self.card.refiner if choice == "bundle" and self.card.refiner else RefinerCard(name=choice)
-        return build_refiner(spec.name, spec.options, self.full_scale).to(next(self.model.parameters()).device)
+        own = {"temperature": self.temperature(name)} if name == LINES else {}
+        return build_refiner(name, {**own, **options}, self.full_scale).to(next(self.model.parameters()).device)
 
     def refiner_words(self, choice: str = "bundle") -> str:
         """What `refiner` gives, for people: "none", or its name and where its options come from."""
@@ -174,7 +184,8 @@ class Bundle:
 
     def temperature(self, choice: str = "bundle") -> float:
         """What to divide scores by before softmax; 1 where nothing was fitted, or not for scores refined by `choice` (see `refiner`)."""
-        fitted = choice == "bundle" or (choice in ("none", LINES) and self.card.refiner is None)
+        own = "none" if self.card.refiner is None else self.card.refiner.name
+        fitted = choice == "bundle" or {choice, own} <= {"none", LINES}
         return self.card.temperature.value if fitted and self.card.temperature is not None else 1.0
 
 

@@ -242,12 +242,15 @@ def tune(
     masks: Masks = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Wall-clock budget.")] = 10.0,
     refiner: Annotated[list[str] | None, typer.Option(help="Search only this one; may be repeated.", show_default=False)] = None,
+    between: Annotated[
+        str | None, typer.Option(help="Watershed: the class between objects. Default: the first.", show_default=False)
+    ] = None,
     split: Annotated[str, typer.Option(help="The part to search on: val, or another.")] = "val",
     label: Labels = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; leave the bundle as it is.")] = False,
     json: Json = False,
 ) -> None:
-    """Search a refiner (CRF, MRF) for a bundle; it is written into the bundle only where its gain is shown to be real."""
+    """Search a refiner (CRF, MRF; or watershed) for a bundle; it is written into it only where its gain is shown to be real."""
     _refuse_paths("tune", bundle, images, masks)
     from perpixel.tune import render
     from perpixel.tune import tune as run
@@ -258,6 +261,7 @@ def tune(
             images,
             masks,
             refiners=refiner,
+            between=between,
             minutes=minutes,
             split=split,
             labels=_labels(label),

@@ -7,22 +7,25 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perpixel.bundle import Bundle
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.images import Picture
 from perpixel.data.masks import LabelMap, read_mask
-from perpixel.metrics import tallies
+from perpixel.metrics import segments, tallies
 from perpixel.metrics.boundary import BoundaryF
+from perpixel.metrics.intervals import Score, value_mean, values_table
 from perpixel.metrics.region import Region
+from perpixel.metrics.segments import overlaps, segments_of
 from perpixel.refinement.candidates import Candidate, Costs, coarse_grid, defaults, neighbours, with_costs
 from perpixel.refinement.compatibility import fit_compatibility
-from perpixel.refinement.refiners import build_refiner
 from perpixel.tiling import predict_tiled
 
 Progress = Callable[[int, int, str], None]  # (done, of, what)
@@ -35,29 +38,64 @@ NEITHER, BOTH = frozenset[int](), frozenset(range(FOLDS))
 COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for what lies around the best of it
 STRIP = 5  # pixels: void strips between objects are narrower
 
-# By the rule "truth", so that both sides of a comparison are means over the same classes in every resample: a few pixels of a class that is
-# nowhere in the truth would otherwise count as a whole class.
-set_miou = partial(tallies.miou, absent="truth")
+
+@dataclass(frozen=True)
+class Aim:
+    """What a search makes higher: a score of label images.
+
+    Attributes:
+        name: in files; words: for people; title: with what it is taken over.
+        tally: labels (H, W), those predicted, and the label that does not count -> what is counted of one image.
+        score: sums of these over images (..., *shape of one) -> (...); NaN where they give none.
+    """
+
+    name: str
+    words: str
+    title: str
+    tally: Callable[[Tensor, Tensor, int], np.ndarray]
+    score: Score
 
 
-def miou(tally: np.ndarray) -> float:
-    """Mean IoU of (K, 3) tallies over the classes in the truth."""
-    return float(set_miou(tally))
+def miou(classes: int) -> Aim:
+    """Mean IoU over the classes in the truth.
+
+    By this rule both sides of a comparison are means over the same classes in every resample: a few pixels of a class that is nowhere in
+    the truth would otherwise count as a whole class.
+    """
+
+    def tally(labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+        region = Region(classes)
+        region.update(labels, predicted, ignore=ignore)
+        return region.images.table[0]
+
+    return Aim("miou", "mIoU", "mIoU over the classes in the truth", tally, partial(tallies.miou, absent="truth"))
+
+
+def v_rand(between: int) -> Aim:
+    """V_rand of the objects that the class `between` parts, the mean of the images that have any; as `evaluate --scores neurite`."""
+
+    def tally(labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+        known = labels != ignore
+        truth, guess = (segments_of((each != between) & known) for each in (labels, predicted))
+        return values_table(np.array(segments.v_rand(overlaps(truth, guess)).score))
+
+    return Aim("v_rand", "V_rand", "V_rand, mean of the images", tally, value_mean)
 
 
 class Search:
-    """Scores of the images, kept, and the counts of each candidate on each of them.
+    """Scores of the images, kept, and what is counted of each candidate on each of them.
 
     Attributes:
+        aim: by which candidates are ranked.
         scores: logits (1, K, H, W), image (1, C, H, W) and labels (H, W) of each image.
-        plain: (N, K, 3) tallies of the images without a refiner.
+        plain: (N, ...) tallies of the images without a refiner.
         tables: the candidates tried, each with its tallies, by their keys.
         folds: (N,) which images belong to each half.
         found_on: the halves without which a candidate would not have been come to, by its key; none where it is absent.
     """
 
-    def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None) -> None:
-        self.bundle, self.progress = bundle, progress
+    def __init__(self, bundle: Bundle, images: LabelledImages, until: float, progress: Progress | None, aim: Aim) -> None:
+        self.bundle, self.progress, self.aim = bundle, progress, aim
         self.ignore, self.classes = images.label_map.ignore, len(bundle.card.classes)
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []
         self.damaged: dict[str, str] = {}
@@ -100,15 +138,18 @@ class Search:
                 BoundaryF(self.classes).update(labels, predicted, ignore=self.ignore)
         return 2.5 * (time.monotonic() - start) * len(self.scores)
 
-    def explore(self, name: str, costs: Costs | None, until: float, *, only_learned: bool = False) -> None:
+    def explore(
+        self, name: str, costs: Costs | None, until: float, *, only_learned: bool = False, stated: Mapping[str, Any] | None = None
+    ) -> None:
         """The refiner's defaults, a coarse grid, then what lies around the best, until time is over. The defaults are always tried.
 
-        `costs` are tried beside Potts', or with `only_learned` in every candidate.
+        `costs` are tried beside Potts', or with `only_learned` in every candidate; options that are `stated` all have.
         """
         start = time.monotonic()
         coarse = [defaults(name, self.bundle.full_scale / 255), *coarse_grid(name, self.bundle.full_scale / 255)]
         if only_learned and costs is not None:
             coarse = [with_costs(candidate, costs) for candidate in coarse]
+        coarse = [replace(candidate, options={**candidate.options, **(stated or {})}) for candidate in coarse]
         thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
         ranked = []
         for number, candidate in enumerate(coarse):
@@ -117,7 +158,7 @@ class Search:
             ranked.append((candidate, self.counts(candidate, thin)))
             self._say(number + 1, len(coarse), f"{name}: coarse")
         tried = int(self.attempt(coarse[0]))
-        orders = {looked: sorted(ranked, key=partial(_loss, images=images[thin])) for looked, images in self._views().items()}
+        orders = {looked: sorted(ranked, key=partial(self._loss, images=images[thin])) for looked, images in self._views().items()}
         for looked, order in orders.items():
             tried += self.attempt(order[0][0], looked)
         for candidate, looked in self._around(name, orders, costs, only_learned):
@@ -171,14 +212,11 @@ class Search:
         self.found_on.clear()
 
     def counts(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> np.ndarray:
-        """(N, K, 3) tallies of the images, refined by the candidate or as they are."""
-        region = Region(self.classes)
-        for _, labels, predicted in self.labelled(candidate, indices):
-            region.update(labels, predicted, ignore=self.ignore)
-        return region.images.table
+        """(N, ...) tallies of the images, refined by the candidate or as they are."""
+        return np.stack([self.aim.tally(labels, predicted, self.ignore) for _, labels, predicted in self.labelled(candidate, indices)])
 
     def labelled(self, candidate: Candidate | None, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        refiner = None if candidate is None else self._built(candidate)
+        refiner = None if candidate is None else self.bundle.built_refiner(candidate.name, candidate.options)
         for index in range(len(self.scores)) if indices is None else indices:
             logits, image, labels = self.scores[index]
             # A candidate that does not converge is judged by what it gives, as it would be in use; a warning for each says nothing more.
@@ -186,12 +224,9 @@ class Search:
                 refined = logits if refiner is None else refiner(logits, image)
             yield index, labels, refined[0].argmax(0).cpu()
 
-    def _built(self, candidate: Candidate) -> nn.Module:
-        return build_refiner(candidate.name, candidate.options).to(self.scores[0][0].device)
-
     def best(self, entries: Iterable[Entry], images: np.ndarray) -> Entry:
-        """The candidate of the highest mIoU on some of the images, with its counts on all; the earlier of equals."""
-        return min(entries, key=partial(_loss, images=images))
+        """The candidate of the highest score on some of the images, with its counts on all; the earlier of equals."""
+        return min(entries, key=partial(self._loss, images=images))
 
     def cross_fitted(self, entries: Sequence[Entry]) -> list[Entry]:
         """For each half, the candidate that is best on the other half, with its counts on all images.
@@ -203,14 +238,13 @@ class Search:
             self.best(self._found_within(BOTH - {half}, entries), ~fold if (~fold).any() else fold) for half, fold in enumerate(self.folds)
         ]
 
+    def _loss(self, entry: Entry, images: np.ndarray) -> float:
+        """Minus the score on some of the images; where it has none, more than any."""
+        return -float(np.nan_to_num(self.aim.score(entry[1][images].sum(0)), nan=-1.0))
+
     def _say(self, done: int, of: int, what: str) -> None:
         if self.progress is not None:
             self.progress(done, of, what)
-
-
-def _loss(entry: Entry, images: np.ndarray) -> float:
-    """Minus the mIoU on some of the images; where it has none, more than any."""
-    return -float(np.nan_to_num(miou(entry[1][images].sum(0)), nan=-1.0))
 
 
 def _in_turns(candidates: Mapping[Halves, Sequence[Candidate]]) -> Iterator[tuple[Candidate, Halves]]:

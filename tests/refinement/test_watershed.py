@@ -13,6 +13,7 @@ from skimage.segmentation import watershed as flood_of_scikit_image
 from perpixel.bundle import RefinerCard, TemperatureCard, load_bundle, save_bundle
 from perpixel.metrics.thresholds import Board
 from perpixel.predict import load
+from perpixel.refine import refine
 from perpixel.refinement import Watershed, build_refiner
 from perpixel.refinement.watershed import _flood, dividing_lines
 from perpixel.tune import tune
@@ -188,7 +189,10 @@ def test_the_type_of_the_scores_is_kept_but_half_precision(given, kept):
         ({"seed": float("nan")}, "seed=nan"),
         ({"smallest": 0}, "smallest=0"),
         ({"smallest": 2.5}, "smallest=2.5"),
-        ({"lines": 2}, "no option 'lines'; it takes between, seed, smallest"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": "hot"}, "wrong kind.*temperature is 'hot'"),
+        ({"lines": 2}, "no option 'lines'; it takes between, seed, smallest, temperature"),
         ({"seed": "high"}, "wrong kind.*seed is 'high'"),
         ({"seed": False}, "wrong kind.*seed is False"),
     ],
@@ -206,8 +210,8 @@ def test_scores_without_the_class_between_or_another_are_refused(classes, betwee
 
 
 def test_options_build_it_again():
-    refiner = build_refiner("watershed", {"between": 1, "seed": 0.8, "smallest": 7})
-    assert build_refiner("watershed", refiner.options()).options() == {"between": 1, "seed": 0.8, "smallest": 7}
+    options = {"between": 1, "seed": 0.8, "smallest": 7, "temperature": 1.5}
+    assert build_refiner("watershed", build_refiner("watershed", options).options()).options() == options
 
 
 def test_a_bundle_can_carry_it_and_prediction_refines_by_it(make_bundle, tmp_path):
@@ -236,8 +240,27 @@ def test_it_keeps_the_temperature_that_other_refiners_drop(make_bundle):
     bundle.card.temperature = TemperatureCard(value=1.5)
     assert [bundle.temperature(choice) for choice in ("none", "watershed", "dense_crf")] == [1.5, 1.5, 1.0]
     bundle.card.refiner = RefinerCard(name="watershed")
-    assert [bundle.temperature(choice) for choice in ("bundle", "none", "watershed")] == [1.5, 1.0, 1.0]
+    assert [bundle.temperature(choice) for choice in ("bundle", "none", "watershed", "dense_crf")] == [1.5, 1.5, 1.5, 1.0]
     assert bundle.refiner_words() == "watershed, as the bundle has it"
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["by name", "in the bundle"])
+def test_its_seeds_are_taken_at_the_temperature_of_the_bundle(make_bundle, carried):
+    path, choice, options = make_bundle(classes=2), "bundle" if carried else "watershed", {"seed": 0.8} if carried else {}
+    bundle, pixels = load_bundle(path), (255 * np.stack([noise(band, (200, 300), 6) for band in range(3)], -1)).astype(np.uint8)
+    logits = load(path).logits(pixels).numpy()
+    temperature = float((logits[1] - logits[0]).std() / 2)  # of the scores as they are hardly a probability reaches a seed's
+    refiner = RefinerCard(name="watershed", options=options) if carried else None
+    cards = {"temperature": TemperatureCard(value=temperature), "refiner": refiner}
+    save_bundle(path, bundle.model.state_dict(), bundle.card.model_copy(update=cards))
+    segmenter = load(path, refine=choice)
+    plain, calibrated = (torch.from_numpy(logits / divisor).softmax(0)[1].numpy() for divisor in (1, temperature))
+    assert not dividing_lines(plain, 0.8, 50).any()
+    lines = dividing_lines(calibrated, options.get("seed", 0.9), 50)
+    assert lines.any()
+    assert np.array_equal((segmenter.logits(pixels).numpy() != logits).any(0), lines)
+    written = refine(pixels, np.stack([1 - calibrated, calibrated]), "watershed", options)  # as on what `predict --probabilities` wrote
+    assert np.allclose(segmenter.probabilities(pixels), written, atol=1e-4)
 
 
 def test_tune_puts_nothing_in_its_place(make_bundle, tmp_path):

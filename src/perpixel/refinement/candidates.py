@@ -8,7 +8,7 @@ from typing import Any
 from perpixel.refinement.dense_crf import NETWORK_SCORES
 
 Costs = list[list[float]]  # (K, K) label costs
-SEARCHED = ("dense_crf", "grid_mrf", "gaussian_crf")  # not the watershed: its lines are too thin for mIoU, which decides
+SEARCHED = ("dense_crf", "grid_mrf", "gaussian_crf")  # the watershed only where it is asked for: its lines are too thin for mIoU
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def defaults(name: str, scale: float) -> Candidate:
         )
     if name == "grid_mrf":
         return Candidate(name, {"strength": 1.0, "floor": 0.0, "neighbours": 4})
+    if name == "watershed":
+        return Candidate(name, {"seed": 0.9, "smallest": 50})
     return Candidate(name, {"weight": 4.0, "sharpness": 1.0, "neighbours": 4})
 
 
@@ -56,6 +58,9 @@ def coarse_grid(name: str, scale: float) -> Iterator[Candidate]:
     elif name == "grid_mrf":
         for strength, floor in itertools.product((0.3, 1.0, 3.0, 10.0), (0.0, 0.3)):
             yield Candidate(name, {"strength": strength, "floor": floor, "neighbours": 8})
+    elif name == "watershed":
+        for seed, smallest in itertools.product((0.5, 0.7, 0.8, 0.9, 0.95, 0.98), (10, 50, 200)):
+            yield Candidate(name, {"seed": seed, "smallest": smallest})
     else:
         for weight, sharpness in itertools.product((1.0, 4.0, 16.0, 64.0), (0.5, 1.0, 4.0)):
             yield Candidate(name, {"weight": weight, "sharpness": sharpness, "neighbours": 8})
@@ -87,6 +92,11 @@ def neighbours(centre: Candidate, step: float, costs: Costs | None) -> Iterator[
                 if key in kernels[place]:
                     kernels[place][key] = _rounded(kernels[place][key] * factor)
                     yield Candidate(centre.name, {**options, "kernels": kernels})
+        return
+    if centre.name == "watershed":
+        for factor in (step, 1 / step):
+            yield Candidate(centre.name, {**options, "seed": _rounded(max(0.0, 1 - (1 - options["seed"]) * factor))})
+            yield Candidate(centre.name, {**options, "smallest": max(1, round(options["smallest"] * factor))})
         return
     for key in ("strength", "floor", "weight", "sharpness"):
         for factor in (step, 1 / step):

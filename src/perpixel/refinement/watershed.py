@@ -5,6 +5,8 @@ queue, first come first served). SciPy's watershed measures slopes, not heights;
 heights, and would be a dependency for one function.
 """
 
+import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -36,29 +38,33 @@ class Watershed(nn.Module):
 
     Args:
         between: the class that lies between objects.
-        seed: the probability of not being of this class, by softmax of the given scores, above which a pixel is of a seed. Higher parts
-            more seeds that are joined; lower keeps objects that are never so sure.
+        seed: the probability of not being of this class, above which a pixel is of a seed. Higher parts more seeds that are joined; lower
+            keeps objects that are never so sure.
         smallest: pixels of the smallest seed.
+        temperature: what scores are divided by before softmax gives probabilities; a bundle's is given by `Bundle.refiner`.
 
     Raises:
         ValueError: if an argument is out of range.
-        TypeError: if `seed` is no number.
+        TypeError: if `seed` or `temperature` is no number.
     """
 
-    def __init__(self, between: int = 0, seed: float = 0.9, smallest: int = 50) -> None:
+    def __init__(self, between: int = 0, seed: float = 0.9, smallest: int = 50, temperature: float = 1.0) -> None:
         super().__init__()
         for name, value, least, what in (("between", between, 0, "the number of a class"), ("smallest", smallest, 1, "a number of pixels")):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}; it is {what}, {least} or more")
-        if not isinstance(seed, float | int) or isinstance(seed, bool):
-            raise TypeError(f"seed is {seed!r}; it is a probability, from 0 to below 1")
+        for name, number in (("seed", seed), ("temperature", temperature)):
+            if not isinstance(number, float | int) or isinstance(number, bool):
+                raise TypeError(f"{name} is {number!r}; it is a number")
         if not 0 <= seed < 1:
             raise ValueError(f"seed={seed!r}; it is a probability, from 0 to below 1")
-        self.between, self.seed, self.smallest = between, float(seed), smallest
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature!r}; it is a finite number above 0")
+        self.between, self.seed, self.smallest, self.temperature = between, float(seed), smallest, float(temperature)
 
     def options(self) -> dict[str, int | float]:
         """The arguments that build this module again, in plain types."""
-        return {"between": self.between, "seed": self.seed, "smallest": self.smallest}
+        return {"between": self.between, "seed": self.seed, "smallest": self.smallest, "temperature": self.temperature}
 
     def forward(self, logits: Tensor, image: Tensor) -> Tensor:
         """Scores with lines.
@@ -76,9 +82,9 @@ class Watershed(nn.Module):
         logits, _ = checked(logits, image)
         if not self.between < logits.shape[1] or logits.shape[1] < 2:
             raise ValueError(f"between={self.between}, and the scores are of {logits.shape[1]} classes; there must be it and another one")
-        objects = 1 - logits.detach().softmax(1)[:, self.between]
+        objects = 1 - (logits.detach() / self.temperature).softmax(1)[:, self.between]
         lines = torch.from_numpy(np.stack([dividing_lines(each, self.seed, self.smallest) for each in objects.cpu().numpy()]))
-        divided = torch.where(lines.to(logits.device), logits.amax(1) + GAP, logits[:, self.between])
+        divided = torch.where(lines.to(logits.device), logits.amax(1) + GAP * self.temperature, logits[:, self.between])
         return torch.cat([logits[:, : self.between], divided[:, None], logits[:, self.between + 1 :]], 1)
 
 
