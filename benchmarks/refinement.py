@@ -31,7 +31,7 @@ from perpixel.metrics.bands import Trimap
 from perpixel.metrics.intervals import difference
 from perpixel.metrics.region import Region
 from perpixel.refinement.candidates import SEARCHED, Candidate
-from perpixel.search import Search, learned_costs, miou
+from perpixel.search import MeanIou, Search, learned_costs
 
 WIDTHS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
 
@@ -78,7 +78,7 @@ def main() -> None:
         card = bundle.card
         train, val = (find_layout(given.images).labelled(part, card.val_fraction, card.split_seed) for part in ("train", "val"))
         data = LabelledImages(val, bundle.label_map, card.bands, card.dtype, cache=False)
-        search = Search(bundle, data, float("inf"), None, miou(len(card.classes)))
+        search = Search(bundle, data, float("inf"), None, MeanIou(len(card.classes)))
         costs = learned_costs([pair.mask for pair in train if pair.mask], bundle.label_map, len(card.classes))
         plain, base = scores(search, [None] * len(search.scores))
         result["rows"].append({"unary": unary, "model": card.model, "refiner": "none", "images": len(search.scores), **plain})

@@ -5,11 +5,10 @@ python benchmarks/unet_isbi.py --data FOLDER [--steps N] [--width 8 | --weights 
 FOLDER holds isbi2012. A fold keeps six neighbouring slices apart, chooses nothing on them but the best of three validations and the
 temperature, and every slice is scored once, by the net that has not seen it. Each row changes one thing in what `perpixel train` plans for
 such images (paper: Ronneberger et al. 2015, arXiv:1505.04597): elastic deformation, border weights, dropout, number of slices; "rotations"
-are the same nets with `--tta rotations,flips`, "watershed" with `--refine watershed`, and "fitted seed" with the one of SEEDS whose Rand
-error is least on the slices of the other folds, each as the net that has not seen it predicts it, and without the temperature: nothing but
-the best of three validations is chosen on the slices that are scored. The differences have intervals over the
-slices, which are neighbours in one volume: they are too narrow for other volumes. The board scored the best of ten thresholds of a
-probability map; so are these, thresholds chosen on all slices.
+are the same nets with `--tta rotations,flips`, "watershed" with `--refine watershed`. "Fitted seed" is the one of SEEDS whose Rand error
+is least on the slices of the other folds, as their own nets predict them, which were trained on the slices that are scored, but chose
+nothing by them; no temperature there. The differences have intervals over the slices, which are neighbours in one volume: they are too
+narrow for other volumes. The board scored the best of ten thresholds of a probability map; so are these, thresholds chosen on all slices.
 Where wrong pixels lie is told at the threshold of 0.5, beside the share of them on slices that the nets were trained on.
 
 With --weights it is the general U-Net on the encoder that FILE is for, at full resolution; the encoder's own rate is a fifth of the others'
@@ -151,6 +150,25 @@ def fitted(boards: Mapping[float, Sequence[Board]], fold: int) -> float:
     return min(errors, key=errors.__getitem__)
 
 
+def divided_and_scored(
+    given: argparse.Namespace, bundles: Sequence[Path], slices: int, views: str, seeds: Sequence[float]
+) -> tuple[Board, np.ndarray, list[float]]:
+    """As `scored`, of all folds, and each fold's seed where there are any: the one, or the one that is `fitted`."""
+    found: dict[float, list[tuple[Board, np.ndarray]]] = {seed: [] for seed in seeds or (0,)}
+    for bundle, fold in zip(bundles, given.folds, strict=True):
+        plain = predicted(bundle, given.data, fold, slices, views, calibrated=len(seeds) < 2)
+        for seed, of_folds in found.items():
+            maps = {number: divided(each, seed) for number, each in plain.items()} if seeds else plain
+            of_folds.append(scored(maps, given.data, fold))
+    boards = {seed: [board for board, _ in of_folds] for seed, of_folds in found.items()}
+    chosen = [fitted(boards, place) for place in range(len(bundles))] if len(found) > 1 else list(found) * len(bundles)
+    board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
+    for place, seed in enumerate(chosen):
+        board.merge(found[seed][place][0])
+        counts += found[seed][place][1]
+    return board, counts, chosen
+
+
 def shares_of(counts: np.ndarray) -> dict[str, Any]:
     """See `scored`."""
     wrong, *near, pixels, seen_wrong, seen_pixels = counts.tolist()
@@ -206,18 +224,7 @@ def main() -> None:
         settings, slices = ROWS[nets]
         if nets not in bundles:
             bundles[nets] = [trained(given, nets, fold, settings, slices) for fold in given.folds]
-        found: dict[float, list[tuple[Board, np.ndarray]]] = {seed: [] for seed in seeds or (0,)}
-        for bundle, fold in zip(bundles[nets], given.folds, strict=True):
-            plain = predicted(bundle, given.data, fold, slices, views, calibrated=len(seeds) < 2)
-            for seed, of_folds in found.items():
-                maps = {number: divided(each, seed) for number, each in plain.items()} if seeds else plain
-                of_folds.append(scored(maps, given.data, fold))
-        boards = {seed: [board for board, _ in of_folds] for seed, of_folds in found.items()}
-        chosen = [fitted(boards, place) for place in range(len(given.folds))] if len(found) > 1 else list(found) * len(given.folds)
-        board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
-        for place, seed in enumerate(chosen):
-            board.merge(found[seed][place][0])
-            counts += found[seed][place][1]
+        board, counts, chosen = divided_and_scored(given, bundles[nets], slices, views, seeds)
         first = board if first is None else first
         rows[name] = row_of(board, first) | {"pixels": shares_of(counts)} | ({"seeds": chosen} if seeds else {})
         net = {"encoder": given.weights.stem} if given.weights else {"width": given.width}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from perpixel.predict import load
 from perpixel.refinement.candidates import Candidate, coarse_grid, defaults, neighbours
 from perpixel.refinement.compatibility import fit_compatibility
 from perpixel.refinement.refiners import build_refiner
-from perpixel.search import Search, _evenly, learned_costs, miou
+from perpixel.search import MeanIou, Search, _evenly, learned_costs
 from perpixel.tune import FEWEST, Tuning, judged, render, tune
 
 SIDE = 40
@@ -83,7 +84,7 @@ def test_a_refiner_that_helps_is_written_with_its_gain_and_then_used(scenes, mak
     gives(monkeypatch, noisy)
     result = tune(path, scenes / "images", scenes / "masks", refiners=["dense_crf"], minutes=0.05, split="train")
     card = load_bundle(path).card
-    assert result.accepted
+    assert result.accepted, result.verdict
     assert card.temperature is None, "it was fitted on other scores"
     told = Console(record=True, width=200, file=io.StringIO())
     render(result, told)
@@ -130,7 +131,7 @@ def searched(plain, tables):
     """A search that has counted already: tallies (N, K, 3) without a refiner, and of each candidate."""
     search = Search.__new__(Search)
     search.scores, search.plain, search.left_out = [None] * len(plain), plain, 0
-    search.classes, search.ignore, search.aim = plain.shape[1], 255, miou(plain.shape[1])
+    search.classes, search.ignore, search.aim = plain.shape[1], 255, MeanIou(plain.shape[1])
     search.tables = {str(place): (Candidate("dense_crf", {"iterations": place}), table) for place, table in enumerate(tables)}
     search.found_on = {}
     search.folds = halves(len(plain))
@@ -149,7 +150,7 @@ def useless(rng, images=8, waves=64):
     some images, and what lies around it, says nothing of others. There is one class, with 700 hits in 1000 on average.
     """
     search = Search.__new__(Search)
-    search.bundle, search.progress, search.aim = SimpleNamespace(full_scale=255), None, miou(1)
+    search.bundle, search.progress, search.aim = SimpleNamespace(full_scale=255), None, MeanIou(1)
     search.scores, search.tables, search.found_on = [None] * images, {}, {}
     search.folds = halves(images)
     heights, frequencies, phases = rng.standard_normal((images, waves)), rng.standard_normal((5, waves)), rng.uniform(0, 2 * np.pi, waves)
@@ -251,7 +252,7 @@ def test_removing_a_few_pixels_of_classes_that_are_nowhere_in_the_truth_is_no_ga
 def test_an_accepted_refiner_that_costs_boundaries_says_how_much():
     better = Interval(0.03, 0.01, 0.05, 0.99, FEWEST)
     for change, told in ((-0.0125, "8 images; boundary F falls by 1.25 points"), (0.0125, "8 images"), (float("nan"), "8 images")):
-        found = Tuning(miou(3), FEWEST, 0.8, chosen=Candidate("grid_mrf", {}), gain=better)
+        found = Tuning(MeanIou(3), FEWEST, 0.8, chosen=Candidate("grid_mrf", {}), gain=better)
         found.boundary = Interval(change, -0.02, 0.02, 0.99, FEWEST)
         assert found.accepted
         assert found.verdict.endswith(told)
@@ -343,7 +344,7 @@ def test_each_half_is_scored_with_what_was_best_on_the_other(scenes, make_bundle
     """Of two candidates one is perfect on the first half and wrong on the second, the other the reverse: nothing is left of either."""
     gives(monkeypatch, noisy)
     path = make_bundle()
-    search = Search(load_bundle(path), _images(scenes, path), 0, None, miou(3))
+    search = Search(load_bundle(path), _images(scenes, path), 0, None, MeanIou(3))
     good = np.stack([search.plain.sum(0) * 0 + np.array([10, 10, 10])] * len(search.plain))
     bad = np.stack([search.plain.sum(0) * 0 + np.array([0, 10, 10])] * len(search.plain))
     first = (np.arange(len(search.plain)) < len(search.plain) / 2)[:, None, None]
@@ -424,28 +425,29 @@ def test_the_command_prints_the_gain_and_what_it_did(scenes, make_bundle, comman
 
 @pytest.fixture
 def cells(tmp_path):
-    """Ten pictures of two cells with a wall between them, 1 where a cell is."""
+    """Ten pictures of two cells with a wall between them, 1 where a cell is and 255 in a corner."""
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
     for number in range(10):
         labels = np.ones((SIDE, SIDE), np.uint8)
         labels[:, 15 + number : 17 + number] = 0
         Image.fromarray(np.stack([80 * labels] * 3, -1)).save(tmp_path / "images" / f"{number}.png")
+        labels[:12, :12] = 255
         Image.fromarray(labels).save(tmp_path / "masks" / f"{number}.png")
     return tmp_path
 
 
-def leaking(labels, generator):
-    """Scores of (wall, cell) that want a temperature of 4, and in each wall a gap of some rows, where a cell is likelier."""
-    inside = torch.where(labels == 1, 0.95, 0.05)
-    first = int(torch.randint(5, SIDE - 15, (), generator=generator))
-    gap = inside[first : first + 8]
-    gap[gap < 0.5] = 0.6
-    return 4 * torch.stack([(1 - inside).log(), inside.log()])
+def leaking(wall=0, times=4):
+    """Scores that want a temperature of `times`, where each wall has a gap of some rows, in which a cell is likelier."""
 
+    def scores(labels, generator):
+        inside = torch.where(labels == wall, 0.05, 0.95)
+        first = int(torch.randint(5, SIDE - 12, (), generator=generator))
+        gap = inside[first : first + 8]
+        gap[gap < 0.5] = 0.7
+        return times * torch.stack([(1 - inside).log(), inside.log()][:: 1 if wall == 0 else -1])
 
-def leaking_the_other_way(labels, generator):
-    return leaking(1 - labels, generator).flip(0)
+    return scores
 
 
 def v_rand_by_numpy(truth, guess):
@@ -456,68 +458,91 @@ def v_rand_by_numpy(truth, guess):
     return 2 * (table**2).sum() / ((table.sum(0) ** 2).sum() + (table.sum(1) ** 2).sum())
 
 
+def celled(path, wall=0, **cards):
+    """The bundle with classes of walls and cells, and `cards` in its card."""
+    bundle = load_bundle(path)
+    label_map = bundle.card.label_map | {"values": {"0": wall, "1": 1 - wall, "255": 255}}
+    names = ["wall", "cell"] if wall == 0 else ["cell", "wall"]
+    save_bundle(path, bundle.model.state_dict(), bundle.card.model_copy(update={"classes": names, "label_map": label_map, **cards}))
+    return path
+
+
+def dividing(path, cells, **asked):
+    return tune(path, cells / "images", cells / "masks", **{"refiners": "watershed", "minutes": 0.05, "split": "train"} | asked)
+
+
 @pytest.mark.parametrize("wall", [0, 1], ids=["wall first", "wall last"])
 def test_a_watershed_is_judged_by_v_rand_and_written_with_the_temperature_kept(cells, make_bundle, monkeypatch, wall):
-    path = make_bundle(classes=2)
-    bundle = load_bundle(path)
-    names, temperature = (["wall", "cell"], ["cell", "wall"])[wall], TemperatureCard(value=4.0)
-    label_map = bundle.card.label_map | {"values": {"0": wall, "1": 1 - wall}}
-    card = bundle.card.model_copy(update={"temperature": temperature, "classes": names, "label_map": label_map})
-    save_bundle(path, bundle.model.state_dict(), card)
-    gives(monkeypatch, (leaking, leaking_the_other_way)[wall])
-    asked = {"refiners": "watershed", "between": "wall", "minutes": 0.05, "split": "train"}
-    result = tune(path, cells / "images", cells / "masks", **asked)
-    assert result.accepted
+    path, temperature = make_bundle(classes=2), TemperatureCard(value=4.0)
+    celled(path, wall, temperature=temperature)
+    gives(monkeypatch, leaking(wall))
+    result = dividing(path, cells, between="wall")
+    assert result.accepted, result.verdict
     assert "points of V_rand" in result.verdict
     card = load_bundle(path).card
     assert (card.refiner.name, card.refiner.options["between"]) == ("watershed", wall)
-    assert "temperature" not in card.refiner.options, "a later calibration counts"
+    assert card.refiner.options["temperature"] == 4, "the seeds were found at it, and a later calibration changes no label"
     assert card.temperature == temperature
     assert card.refiner.gain["v_rand_gain"]["low"] == pytest.approx(result.gain.low)
     search = Search.__new__(Search)
     search.scores = []
     Search._predict(search, _images(cells, path), 0)
-    refiner = load_bundle(path).refiner()
-    for score, given in ((result.before, lambda logits, image: logits), (result.best["watershed"][1], refiner)):
-        guesses = [(labels.numpy() != wall, given(logits, image)[0].argmax(0).numpy() != wall) for logits, image, labels in search.scores]
-        assert score == pytest.approx(np.mean([v_rand_by_numpy(*pair) for pair in guesses]))
-    again = tune(path, cells / "images", cells / "masks", **asked)
+    for score, given in ((result.before, lambda logits, image: logits), (result.best["watershed"][1], load_bundle(path).refiner())):
+        values = []
+        for logits, image, labels in search.scores:
+            known, guess = labels.numpy() != 255, given(logits, image)[0].argmax(0).numpy()
+            values.append(v_rand_by_numpy((labels.numpy() != wall) & known, (guess != wall) & known))
+        assert score == pytest.approx(np.mean(values))
+    again = dividing(path, cells)
     assert again.present.name == "watershed"
+    assert again.chosen.options["between"] == wall, "as the bundle has it"
     assert not again.accepted
+    assert pickle.loads(pickle.dumps(again.aim)) == again.aim
 
 
-def test_a_watershed_in_place_of_another_refiner_drops_the_temperature(cells, make_bundle, monkeypatch):
-    path = make_bundle(classes=2)
-    bundle = load_bundle(path)
-    cards = {"temperature": TemperatureCard(value=4.0), "refiner": RefinerCard(name="grid_mrf", options={"strength": 0.01})}
-    save_bundle(path, bundle.model.state_dict(), bundle.card.model_copy(update=cards))
-    gives(monkeypatch, lambda labels, generator: leaking(labels, generator) / 4)
-    result = tune(path, cells / "images", cells / "masks", refiners="watershed", minutes=0.05, split="train")
-    assert result.written
-    assert result.uncalibrated
-    card = load_bundle(path).card
-    assert (card.refiner.name, card.temperature) == ("watershed", None)
+@pytest.mark.parametrize("options", [{}, {"seed": 0.99995}, {"between": 1, "smallest": 7, "temperature": 3.0}], ids=str)
+def test_a_watershed_that_was_put_into_the_bundle_is_bettered_as_asked(cells, make_bundle, monkeypatch, options):
+    path = celled(make_bundle(classes=2), refiner=RefinerCard(name="watershed", options=options))
+    gives(monkeypatch, leaking(times=1))
+    attempted = []
+    monkeypatch.setattr(
+        Search,
+        "attempt",
+        lambda self, candidate, *looked, once=Search.attempt: attempted.append(candidate) or once(self, candidate, *looked),
+    )
+    result = dividing(path, cells, between="wall")
+    assert result.present.options == options
+    assert len(attempted) > 20
+    assert {(each.options["between"], each.options["temperature"]) for each in attempted[1:]} == {(0, 1.0)}
+
+
+def test_a_watershed_takes_no_other_refiner_s_place(cells, make_bundle):
+    path = celled(make_bundle(classes=2), refiner=RefinerCard(name="grid_mrf"))
+    with pytest.raises(ValueError, match="has the grid_mrf; a watershed is judged by V_rand"):
+        dividing(path, cells)
 
 
 def test_cells_that_are_parted_already_leave_the_bundle_as_it_is(cells, make_bundle, monkeypatch):
-    path = make_bundle(classes=2)
+    path = celled(make_bundle(classes=2))
     before = path.read_bytes()
-    gives(monkeypatch, lambda labels, generator: 9.0 * torch.nn.functional.one_hot(labels, 2).permute(2, 0, 1).float())
-    result = tune(path, cells / "images", cells / "masks", refiners="watershed", minutes=0.02, split="train")
+    gives(monkeypatch, lambda labels, generator: 9.0 * torch.nn.functional.one_hot(labels.clip(0, 1), 2).permute(2, 0, 1).float())
+    result = dividing(path, cells, minutes=0.02)
     assert result.before == 1
     assert not result.accepted
     assert path.read_bytes() == before
 
 
 def test_every_watershed_that_a_search_comes_to_is_legal():
-    for centre in (defaults("watershed", 1.0), *coarse_grid("watershed", 1.0), Candidate("watershed", {"seed": 0.1, "smallest": 1})):
+    extremes = [Candidate("watershed", {"seed": seed, "smallest": 1}) for seed in (0.0, 0.1, 0.99995, 1 - 1e-9)]
+    for centre in (defaults("watershed", 1.0), *coarse_grid("watershed", 1.0), *extremes):
         for candidate in (centre, *neighbours(centre, 2**0.5, None)):
             build_refiner("watershed", candidate.options)
 
 
 def test_the_command_searches_a_watershed_for_the_class_between(cells, make_bundle, command):
-    words = ("tune", make_bundle(classes=2), cells / "images", cells / "masks", "--minutes", "0.05", "--refiner", "watershed", "--json")
-    said = command(*words, "--between", "class 1")
+    path = celled(make_bundle(classes=2), wall=1)
+    words = ("tune", path, cells / "images", cells / "masks", "--minutes", "0.05", "--refiner", "watershed", "--json")
+    said = command(*words, "--between", "wall")
     assert said.code == 0
     assert {"v_rand_gain", "boundary_f_gain", "accepted", "verdict"} <= json.loads(said.out).keys()
     assert json.loads(said.out)["chosen"]["options"]["between"] == 1

@@ -87,7 +87,7 @@ class Card(BaseModel):
     val_fraction: float = 0.2  # how a set without parts was split, so that it can be split alike for scoring
     split_seed: int = 0
     refiner: RefinerCard | None = None
-    temperature: TemperatureCard | None = None  # of the scores as the refiner above leaves them
+    temperature: TemperatureCard | None = None  # of the scores as the refiner above leaves them, but for a watershed's lines
 
     @field_validator("colors")
     @classmethod

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from perpixel.bundle import TemperatureCard, load_bundle, save_bundle
+from perpixel.bundle import LINES, TemperatureCard, load_bundle, save_bundle
 from perpixel.evaluate import Scored, evaluate
 from perpixel.metrics.calibration import LIMITS, Calibration, fit_temperature
 from perpixel.scores import plain
@@ -141,6 +141,8 @@ def calibrate(
 ) -> Calibrated:
     """Fits the temperature of a bundle's scores, refined as the bundle says, and writes it there where the cross-entropy falls by it.
 
+    A watershed's lines are left out: the scores between them are what probabilities are made of.
+
     Args:
         bundle: its path; rewritten in place. A temperature that it had is dropped where none helps.
         images, masks: any layout that `perpixel check` understands.
@@ -154,7 +156,9 @@ def calibrate(
     """
     path, sample = Path(bundle), PixelSample()
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    evaluate(loaded, images, masks, split=split, labels=labels, scores=(), observers=[sample], progress=progress)
+    # A watershed's lines would be fitted too: they are as steep as the temperature that the bundle has already.
+    refine = "none" if loaded.card.refiner is not None and loaded.card.refiner.name == LINES else "bundle"
+    evaluate(loaded, images, masks, split=split, labels=labels, scores=(), refine=refine, observers=[sample], progress=progress)
     if len(sample.images) < 2:
         raise ValueError(
             f"{images}: {len(sample.images)} image with finite scores; a temperature needs at least 2 to be fitted and tried on. "

@@ -243,7 +243,7 @@ def tune(
     minutes: Annotated[float, typer.Option(min=0.01, help="Wall-clock budget.")] = 10.0,
     refiner: Annotated[list[str] | None, typer.Option(help="Search only this one; may be repeated.", show_default=False)] = None,
     between: Annotated[
-        str | None, typer.Option(help="Watershed: the class between objects. Default: the first.", show_default=False)
+        str | None, typer.Option(help="Watershed: the class between objects. Default: the bundle's, or the first.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option(help="The part to search on: val, or another.")] = "val",
     label: Labels = None,

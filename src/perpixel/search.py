@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from perpixel.bundle import Bundle
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.images import Picture
 from perpixel.data.masks import LabelMap, read_mask
-from perpixel.metrics import segments, tallies
+from perpixel.metrics import tallies
 from perpixel.metrics.boundary import BoundaryF
-from perpixel.metrics.intervals import Score, value_mean, values_table
+from perpixel.metrics.intervals import value_mean, values_table
 from perpixel.metrics.region import Region
-from perpixel.metrics.segments import overlaps, segments_of
+from perpixel.metrics.segments import overlaps, segments_of, v_rand
 from perpixel.refinement.candidates import Candidate, Costs, coarse_grid, defaults, neighbours, with_costs
 from perpixel.refinement.compatibility import fit_compatibility
 from perpixel.tiling import predict_tiled
@@ -39,47 +39,73 @@ COARSE_SHARE = 0.5  # of a refiner's time for the coarse grid; the rest is for w
 STRIP = 5  # pixels: void strips between objects are narrower
 
 
-@dataclass(frozen=True)
-class Aim:
+class Aim(Protocol):
     """What a search makes higher: a score of label images.
 
     Attributes:
         name: in files; words: for people; title: with what it is taken over.
-        tally: labels (H, W), those predicted, and the label that does not count -> what is counted of one image.
-        score: sums of these over images (..., *shape of one) -> (...); NaN where they give none.
     """
 
-    name: str
-    words: str
-    title: str
-    tally: Callable[[Tensor, Tensor, int], np.ndarray]
-    score: Score
+    @property
+    def name(self) -> str: ...
+    @property
+    def words(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
+    def tally(self, labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+        """What is counted of one image: labels (H, W), those predicted, and the label that does not count."""
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """Of tallies summed over images (..., *shape of one) -> (...); NaN where they give none."""
 
 
-def miou(classes: int) -> Aim:
+@dataclass(frozen=True)
+class MeanIou:
     """Mean IoU over the classes in the truth.
 
     By this rule both sides of a comparison are means over the same classes in every resample: a few pixels of a class that is nowhere in
     the truth would otherwise count as a whole class.
     """
 
-    def tally(labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
-        region = Region(classes)
+    classes: int
+    name: ClassVar[str] = "miou"
+    words: ClassVar[str] = "mIoU"
+    title: ClassVar[str] = "mIoU over the classes in the truth"
+
+    def tally(self, labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+        """(K, 3) of an image."""
+        region = Region(self.classes)
         region.update(labels, predicted, ignore=ignore)
         return region.images.table[0]
 
-    return Aim("miou", "mIoU", "mIoU over the classes in the truth", tally, partial(tallies.miou, absent="truth"))
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """(...) of (..., K, 3)."""
+        return tallies.miou(sums, absent="truth")
 
 
-def v_rand(between: int) -> Aim:
-    """V_rand of the objects that the class `between` parts, the mean of the images that have any; as `evaluate --scores neurite`."""
+@dataclass(frozen=True)
+class VRand:
+    """V_rand of the objects that a class lies between, the mean of the images that have any; as `evaluate --scores neurite`."""
 
-    def tally(labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+    between: int
+    class_name: str
+    name: ClassVar[str] = "v_rand"
+    words: ClassVar[str] = "V_rand"
+
+    @property
+    def title(self) -> str:
+        return f"V_rand of what '{self.class_name}' lies between, mean of the images"
+
+    def tally(self, labels: Tensor, predicted: Tensor, ignore: int) -> np.ndarray:
+        """(2,) of an image: its value, and whether it has one."""
         known = labels != ignore
-        truth, guess = (segments_of((each != between) & known) for each in (labels, predicted))
-        return values_table(np.array(segments.v_rand(overlaps(truth, guess)).score))
+        truth, guess = (segments_of((each != self.between) & known) for each in (labels, predicted))
+        return values_table(np.array(v_rand(overlaps(truth, guess)).score))
 
-    return Aim("v_rand", "V_rand", "V_rand, mean of the images", tally, value_mean)
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """(...) of (..., 2)."""
+        return value_mean(sums)
 
 
 class Search:
@@ -149,7 +175,7 @@ class Search:
         coarse = [defaults(name, self.bundle.full_scale / 255), *coarse_grid(name, self.bundle.full_scale / 255)]
         if only_learned and costs is not None:
             coarse = [with_costs(candidate, costs) for candidate in coarse]
-        coarse = [replace(candidate, options={**candidate.options, **(stated or {})}) for candidate in coarse]
+        coarse = [_with(candidate, stated) for candidate in coarse]
         thin = self._thinned(coarse[0], len(coarse), COARSE_SHARE * (until - start))
         ranked = []
         for number, candidate in enumerate(coarse):
@@ -161,7 +187,7 @@ class Search:
         orders = {looked: sorted(ranked, key=partial(self._loss, images=images[thin])) for looked, images in self._views().items()}
         for looked, order in orders.items():
             tried += self.attempt(order[0][0], looked)
-        for candidate, looked in self._around(name, orders, costs, only_learned):
+        for candidate, looked in self._around(name, orders, costs, only_learned, stated):
             if candidate.key not in self.tables and time.monotonic() > until:
                 break
             tried += self.attempt(candidate, looked)
@@ -182,7 +208,12 @@ class Search:
         return views | {BOTH: np.ones(len(self.scores), bool)}
 
     def _around(
-        self, name: str, orders: Mapping[Halves, Sequence[Entry]], costs: Costs | None, only_learned: bool
+        self,
+        name: str,
+        orders: Mapping[Halves, Sequence[Entry]],
+        costs: Costs | None,
+        only_learned: bool,
+        stated: Mapping[str, Any] | None,
     ) -> Iterator[tuple[Candidate, Halves]]:
         """The runners-up and what lies around the best so far, nearer and nearer; each with the halves looked at, which take turns."""
         yield from _in_turns({looked: [candidate for candidate, _ in order[1:3]] for looked, order in orders.items()})
@@ -191,7 +222,7 @@ class Search:
             for looked, images in self._views().items():
                 own = [entry for entry in self._found_within(looked, self.tables.values()) if entry[0].name == name]
                 centre = self.best([entry for entry in own if entry[0].learned or not only_learned], images)[0]
-                around[looked] = list(neighbours(centre, step, costs))
+                around[looked] = [_with(candidate, stated) for candidate in neighbours(centre, step, costs)]
             yield from _in_turns(around)
 
     def _found_within(self, halves: Halves, entries: Iterable[Entry]) -> list[Entry]:
@@ -245,6 +276,10 @@ class Search:
     def _say(self, done: int, of: int, what: str) -> None:
         if self.progress is not None:
             self.progress(done, of, what)
+
+
+def _with(candidate: Candidate, stated: Mapping[str, Any] | None) -> Candidate:
+    return replace(candidate, options={**candidate.options, **(stated or {})})
 
 
 def _in_turns(candidates: Mapping[Halves, Sequence[Candidate]]) -> Iterator[tuple[Candidate, Halves]]:

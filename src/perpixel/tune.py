@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from perpixel.bundle import LINES, RefinerCard, load_bundle, save_bundle
+from perpixel.bundle import LINES, Bundle, RefinerCard, load_bundle, save_bundle
 from perpixel.data.class_names import refuse_other_names
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import find_layout, split_pairs
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
 from perpixel.refinement.candidates import SEARCHED, Candidate
-from perpixel.search import Aim, Progress, Search, learned_costs, miou, v_rand
+from perpixel.search import Aim, MeanIou, Progress, Search, VRand, learned_costs
 
 PREDICTING_SHARE = 0.35  # of the time
 # Several candidates are tried, and both halves choose among many of them: 99 % keeps false gains as rare as 95 % does for a single one.
@@ -134,7 +134,7 @@ def tune(
             refiner that the bundle has already, where it has one.
         images, masks: any layout that `perpixel check` understands.
         refiners: names in `SEARCHED` to search among, or one name; None: all. Or "watershed" by itself.
-        between: the class that lies between objects, for a watershed; None: the first.
+        between: the class that lies between objects, for a watershed; None: that of the bundle's own, or the first.
         minutes: wall-clock budget from this call; each refiner gets a like share of what the predictions leave.
         split: the part to search on; label costs are learned from the masks of the part "train".
         labels: mask value -> class index or 255, over the bundle's own label map.
@@ -142,30 +142,15 @@ def tune(
         device: where to compute; None: on the GPU where there is one.
 
     Raises:
-        ValueError: an unknown refiner or class, a watershed among other refiners or in the bundle, where mIoU would judge it, no images in
-            the part, or none that could be read.
+        ValueError: an unknown refiner or class, a watershed beside other refiners (among those to search, or one of them in the bundle),
+            no images in the part, or none that could be read.
     """
     start, refiners = time.monotonic(), list(SEARCHED) if refiners is None else [refiners] if isinstance(refiners, str) else refiners
-    for name in refiners:
-        if name not in (*SEARCHED, LINES):
-            raise ValueError(f"unknown refiner {name!r}. Known: {', '.join(SEARCHED)}, {LINES}")
-    dividing = LINES in refiners
-    if dividing and set(refiners) != {LINES}:
-        raise ValueError(
-            f"a {LINES} is judged by V_rand, since its lines are too thin for mIoU, and other refiners by mIoU: search it alone"
-        )
-    if between is not None and not dividing:
-        raise ValueError(f"between={between!r} is the class between objects, for a {LINES}, and none is searched")
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; a search needs more than 0")
     path = Path(bundle)
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    card = loaded.card
-    if card.refiner is not None and card.refiner.name == LINES and not dividing:
-        raise ValueError(f"{path} has the {LINES}, which mIoU can't judge, so nothing is put in its place; see docs/refinement.md")
-    if between is not None and between not in card.classes:
-        raise ValueError(f"there is no class {between!r} to lie between objects; the classes are {', '.join(card.classes)}")
-    lines = 0 if between is None else card.classes.index(between)
+    card, aim = loaded.card, _aim_of(refiners, between, loaded, path)
     layout = find_layout(images, masks)
     if layout.classes_file is not None:
         refuse_other_names(layout.classes_file, card.classes, loaded.label_map, labels or {})
@@ -175,7 +160,6 @@ def tune(
         few = f"{len(chosen)} image{'s' * (len(chosen) != 1)} to search on; a refiner is written into the bundle on {FEWEST} or more only"
         warnings.warn(few, stacklevel=2)
     data = LabelledImages(chosen, label_map, card.bands, card.dtype, cache=False)
-    aim = v_rand(lines) if dividing else miou(len(card.classes))
     search = Search(loaded, data, start + 60 * minutes * PREDICTING_SHARE, progress, aim)
     labelled = np.unique(np.concatenate([np.setdiff1d(labels, search.ignore) for _, _, labels in search.scores]))
     if len(labelled) < 2 <= search.classes:
@@ -186,23 +170,46 @@ def tune(
         search.attempt(present)
     parts = split_pairs(layout.pairs, card.val_fraction, card.split_seed)
     masks_to_learn = [pair.mask for pair in parts if pair.split == "train" and pair.mask is not None]
-    costs = None if dividing else learned_costs(masks_to_learn, label_map, search.classes)
+    costs, stated = learned_costs(masks_to_learn, label_map, search.classes), None
+    if isinstance(aim, VRand):
+        # With the temperature that the seeds were found at, so that a later one leaves labels as they are.
+        costs, stated = None, {"between": aim.between, "temperature": loaded.temperature(LINES)}
     deadline = start + 60 * minutes - search.closing_seconds()
     for number, name in enumerate(refiners):
         now = time.monotonic()
-        until = now + (deadline - now) / (len(refiners) - number)
-        search.explore(name, costs, until, stated={"between": lines} if dividing else None)
+        search.explore(name, costs, now + (deadline - now) / (len(refiners) - number), stated=stated)
     result = judged(search, present)
     result.damaged = {**layout.damaged, **search.damaged}
     result.seconds = time.monotonic() - start
     if write and result.accepted and result.chosen is not None:
         refiner = RefinerCard(name=result.chosen.name, options=result.chosen.options, gain=_gain(result))
         # A temperature is of scores as they were; lines leave them so.
-        stays = dividing and (card.refiner is None or card.refiner.name == LINES)
-        temperature = card.temperature if stays else None
+        temperature = card.temperature if isinstance(aim, VRand) else None
         save_bundle(path, loaded.model.state_dict(), card.model_copy(update={"refiner": refiner, "temperature": temperature}))
-        result.written, result.uncalibrated = True, card.temperature is not None and not stays
+        result.written, result.uncalibrated = True, card.temperature is not temperature
     return result
+
+
+def _aim_of(refiners: Sequence[str], between: str | None, bundle: Bundle, path: Path) -> Aim:
+    """By which score refiners are judged; ValueError for an unknown one, or where no single score judges them and the bundle's own."""
+    classes, own = bundle.card.classes, bundle.card.refiner
+    if unknown := [name for name in refiners if name not in (*SEARCHED, LINES)]:
+        raise ValueError(f"unknown refiner {unknown[0]!r}. Known: {', '.join(SEARCHED)}, {LINES}")
+    if LINES not in refiners:
+        if between is not None:
+            raise ValueError(f"between={between!r} is the class between objects, for a {LINES}, and none is searched")
+        if own is not None and own.name == LINES:
+            raise ValueError(f"{path} has the {LINES}, which mIoU can't judge, so nothing is put in its place; see docs/refinement.md")
+        return MeanIou(len(classes))
+    judged_by = f"a {LINES} is judged by V_rand, as its lines are too thin for mIoU, and other refiners by mIoU"
+    if set(refiners) != {LINES}:
+        raise ValueError(f"{judged_by}: search it alone")
+    if own is not None and own.name != LINES:
+        raise ValueError(f"{path} has the {own.name}; {judged_by}, so it is not put in its place; see docs/refinement.md")
+    if between is not None and between not in classes:
+        raise ValueError(f"there is no class {between!r} to lie between objects; the classes are {', '.join(classes)}")
+    lines = classes.index(between) if between is not None else 0 if own is None else own.options.get("between", 0)
+    return VRand(lines, classes[lines])
 
 
 def judged(search: Search, present: Candidate | None) -> Tuning:

@@ -11,6 +11,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed as flood_of_scikit_image
 
 from perpixel.bundle import RefinerCard, TemperatureCard, load_bundle, save_bundle
+from perpixel.calibrate import calibrate
 from perpixel.metrics.thresholds import Board
 from perpixel.predict import load
 from perpixel.refine import refine
@@ -261,6 +262,40 @@ def test_its_seeds_are_taken_at_the_temperature_of_the_bundle(make_bundle, carri
     assert np.array_equal((segmenter.logits(pixels).numpy() != logits).any(0), lines)
     written = refine(pixels, np.stack([1 - calibrated, calibrated]), "watershed", options)  # as on what `predict --probabilities` wrote
     assert np.allclose(segmenter.probabilities(pixels), written, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_scores_at_a_temperature_are_divided_as_those_divided_by_it(temperature):
+    plain = logits_of(two_cells()[0])
+    divided = Watershed()(plain, IMAGE)
+    assert (divided != plain).any()
+    torch.testing.assert_close(Watershed(temperature=temperature)(temperature * plain, IMAGE), temperature * divided)
+
+
+def test_calibrating_a_bundle_with_it_gives_the_temperature_of_the_scores_between_lines_again_and_again(make_bundle, tmp_path):
+    path, rng = make_bundle(classes=2), np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(4):
+        pixels = (255 * np.stack([noise(3 * number + band, (96, 96), 4) for band in range(3)], -1)).astype(np.uint8)
+        wrong = rng.random((96, 96)) < 0.2
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(load(path).predict(pixels) ^ wrong).save(tmp_path / "masks" / f"{number}.png")
+    bundle = load_bundle(path)
+    sure = {name: 50 * tensor if "classify" in name else tensor for name, tensor in bundle.model.state_dict().items()}
+    temperatures, kept = [], []
+    # What `tune` writes states the temperature; what was put there in Python need not.
+    for options in (None, {}, {}, {}, {"temperature": 1.0}, {"temperature": 3.0}):
+        card = load_bundle(path).card
+        refiner = None if options is None else RefinerCard(name="watershed", options={"seed": 0.9, "smallest": 5, **options})
+        save_bundle(path, sure, card.model_copy(update={"refiner": refiner, "temperature": None if options else card.temperature}))
+        before = load(path).predict(tmp_path / "images" / "0.png")
+        assert calibrate(path, tmp_path / "images", tmp_path / "masks", split="train").accepted
+        temperatures.append(load_bundle(path).temperature())
+        kept.append(np.array_equal(load(path).predict(tmp_path / "images" / "0.png"), before))
+    assert temperatures[0] > 1.5
+    assert set(temperatures) == {temperatures[0]}
+    assert all(kept)
 
 
 def test_tune_puts_nothing_in_its_place(make_bundle, tmp_path):

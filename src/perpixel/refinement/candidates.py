@@ -94,8 +94,10 @@ def neighbours(centre: Candidate, step: float, costs: Costs | None) -> Iterator[
                     yield Candidate(centre.name, {**options, "kernels": kernels})
         return
     if centre.name == "watershed":
+        options = {**defaults(centre.name, 1.0).options, **options}  # a bundle's own need not state all
         for factor in (step, 1 / step):
-            yield Candidate(centre.name, {**options, "seed": _rounded(max(0.0, 1 - (1 - options["seed"]) * factor))})
+            away = _rounded((1 - options["seed"]) * factor)  # not the seed itself, which would be rounded to 1
+            yield Candidate(centre.name, {**options, "seed": max(0.0, 1 - away)})
             yield Candidate(centre.name, {**options, "smallest": max(1, round(options["smallest"] * factor))})
         return
     for key in ("strength", "floor", "weight", "sharpness"):
