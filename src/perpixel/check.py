@@ -14,14 +14,13 @@ from perpixel.data.class_names import ClassList, read_classes
 from perpixel.data.duplicates import find_duplicates
 from perpixel.data.images import FULL_SCALE, Picture, default_colors
 from perpixel.data.layouts import SPLITS, Layout, Pair, find_layout, split_pairs
-from perpixel.data.masks import LabelMap, read_mask
+from perpixel.data.masks import MASK_VALUES, LabelMap, read_mask
 from perpixel.data.proposals import Proposal, propose_label_map
 from perpixel.data.survey import Fault, Reading, common_form, pooled_moments, survey
 
 __all__ = ["Check", "Progress", "check", "render"]
 Progress = Callable[[int, int, str], None]  # files done, files in all, name of the file just read
 FORMAT = 1  # of the JSON; a key that goes or changes its meaning makes it 2
-MASK_VALUES = 64  # a photograph has more of them, and of a mask one would hardly see them
 MISMATCH_LIMIT = 0.1  # of the pairs; more sizes that differ are no accident but the wrong masks
 
 

@@ -173,6 +173,14 @@ def test_more_than_255_classes_give_16_bit_labels():
     np.testing.assert_array_equal(label_map(np.full((2, 2), 255, np.uint8)), 255)  # here 255 is a class
 
 
+@pytest.mark.parametrize(("values", "told"), [(64, "--label 2=ignore"), (65, "are images and masks swapped?")])
+def test_more_values_than_a_mask_has_are_taken_for_a_photograph(values, told):
+    mask = np.arange(2, 2 + values, dtype=np.uint8)[None]
+    with pytest.raises(ValueError, match=f"and {values - 5} more values are not among the values of 2 classes") as caught:
+        LabelMap({0: 0, 1: 1})(mask, "masks/a.png")
+    assert str(caught.value).endswith(told)
+
+
 def test_a_value_that_is_no_class_is_named_counted_and_explained():
     mask = np.zeros((4, 5), np.uint8)
     mask[0, :3] = 255

@@ -13,6 +13,7 @@ from perpixel.data.decoding import decode, read_file_palette
 from perpixel.data.images import Picture, PictureError, as_picture, pixel_limit
 
 IGNORE = 255  # label without a class, in uint8 labels
+MASK_VALUES = 64  # a photograph has more of them, and of a mask one would hardly see them
 IGNORE_16 = 65535  # the same in uint16 labels, which maps of more than 255 classes give
 
 
@@ -151,7 +152,9 @@ class LabelMap:
         if self.rgb and mask.dtype != np.int32:
             mask = mask.astype(np.int32) * 0x010101
         elif not self.rgb and mask.dtype == np.int32:
-            raise ValueError(f"{source}: holds colours, but the classes are given as single values; save it like the other masks")
+            raise ValueError(
+                f"{source}: holds colours, but the classes are given as single values; save it like the other masks, if it is one"
+            )
         if mask.dtype == np.uint8:
             labels, known = self._byte_table
             if self.nearest or known.all() or known[mask].all():
@@ -196,8 +199,10 @@ class LabelMap:
         listed = ", ".join(f"{value_name(int(v), self.rgb)} ({n} pixels)" for v, n in zip(strange[:5], pixels[:5], strict=True))
         more = f" and {len(strange) - 5} more values" if len(strange) > 5 else ""
         is_not = "is not one" if len(strange) == 1 else "are not among the values"
-        message = f"{source}: value {listed}{more} {is_not} of {self.classes} classes. "
-        raise ValueError(message + label_advice(int(strange[0]), self.rgb, self.classes))
+        advice = label_advice(int(strange[0]), self.rgb, self.classes)
+        if len(strange) > MASK_VALUES:
+            advice = "So many are a photograph's rather than a mask's: are images and masks swapped?"
+        raise ValueError(f"{source}: value {listed}{more} {is_not} of {self.classes} classes. {advice}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
