@@ -24,7 +24,7 @@ from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import find_layout, split_pairs
 from perpixel.metrics.boundary import BoundaryF
 from perpixel.metrics.intervals import Interval, difference, value_mean, values_table
-from perpixel.refinement.candidates import SEARCHED, Candidate
+from perpixel.refinement.candidates import SEARCHED, Candidate, Costs
 from perpixel.search import Aim, MeanIou, Progress, Search, VRand, learned_costs
 
 PREDICTING_SHARE = 0.35  # of the time
@@ -170,10 +170,13 @@ def tune(
         search.attempt(present)
     parts = split_pairs(layout.pairs, card.val_fraction, card.split_seed)
     masks_to_learn = [pair.mask for pair in parts if pair.split == "train" and pair.mask is not None]
-    costs, stated = learned_costs(masks_to_learn, label_map, search.classes), None
+    costs: Costs | None = None
+    stated: dict[str, Any] | None = None
     if isinstance(aim, VRand):
         # With the temperature that the seeds were found at, so that a later one leaves labels as they are.
-        costs, stated = None, {"between": aim.between, "temperature": loaded.temperature(LINES)}
+        stated = {"between": aim.between, "temperature": loaded.temperature(LINES)}
+    else:
+        costs = learned_costs(masks_to_learn, label_map, search.classes)
     deadline = start + 60 * minutes - search.closing_seconds()
     for number, name in enumerate(refiners):
         now = time.monotonic()
