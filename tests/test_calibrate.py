@@ -158,15 +158,31 @@ def test_masks_that_count_otherwise_are_fitted_on_by_their_labels(bundle, folder
 
 
 def test_the_command_says_what_was_found_and_refuses_one_image(bundle, folder, command):
+    said = command("calibrate", bundle, folder / "images", folder / "masks", "--dry-run")
+    assert said.out.rstrip().endswith("the bundle stays as it is")
     said = command("calibrate", bundle, folder / "images", folder / "masks")
     assert said.code == 0
     assert "the network was not sure enough" in said.out
+    assert said.out.rstrip().endswith("written into the bundle")
+    said = command("calibrate", bundle, folder / "images", folder / "masks")
+    assert said.out.rstrip().endswith(f"written into the bundle, in place of {load(bundle).temperature:.3f}")
     said = command("evaluate", bundle, folder / "images", folder / "masks", "--scores", "calibration")
     assert "with the bundle's temperature" in said.out
     for file in sorted((folder / "masks").iterdir())[1:]:
         file.write_bytes(b"")
     said = command("calibrate", bundle, folder / "images", folder / "masks", "--split", "train")
     assert said.code == 2
+
+
+def test_a_temperature_where_none_helps_is_taken_out_and_told(bundle, folder, command):
+    loaded = load_bundle(bundle)
+    card = loaded.card.model_copy(update={"temperature": TemperatureCard(value=3.0)})
+    for file in (folder / "masks").iterdir():  # without a mistake
+        Image.fromarray(load(bundle).predict(folder / "images" / file.name)).save(file)
+    save_bundle(bundle, loaded.model.state_dict(), card)
+    said = command("calibrate", bundle, folder / "images", folder / "masks")
+    assert said.out.rstrip().endswith("taken out of the bundle: its temperature of 3.000")
+    assert load_bundle(bundle).card.temperature is None
 
 
 def test_a_temperature_holds_only_for_scores_refined_as_those_it_was_fitted_on(make_bundle):

@@ -414,6 +414,15 @@ def test_camvid_value_11_is_ignored_because_there_are_11_names() -> None:
     assert sum(map(sum, report.pixels.values())) == round(101 * 360 * 480 * (1 - report.ignore_share))
 
 
+def test_where_the_names_of_the_classes_come_from_is_said(tmp_path: Path) -> None:
+    root = make(tmp_path, [blocks(0, 1)] * 4)
+    assert check(root / "images", root / "masks").classes_from == "the masks' values"
+    assert check(root / "images", root / "masks", classes="sea,land").classes_from == "the classes given"
+    (root / "images" / "classes.txt").write_text("sea\nland\n")
+    found = check(root / "images", root / "masks")
+    assert (found.classes_from, found.classes) == ("classes.txt", ["sea", "land"])
+
+
 def test_swapped_folders_are_recognised(tmp_path: Path) -> None:
     root = make(tmp_path, [blocks(0, 1, 1, 2, size=(300, 400))] * 4)
     report = check(root / "masks", root / "images")

@@ -114,12 +114,14 @@ def test_two_scores_of_one_name_are_refused_as_either_could_be_meant(folders):
     assert not (folders / "out").exists()
 
 
-def test_pages_of_a_stack_in_a_folder_are_refused(folders):
+def test_pages_of_a_stack_are_refused(folders):
     tifffile.imwrite(folders / "images" / "stack.tif", np.stack([IMAGE[..., 0]] * 3), photometric="minisblack")
     np.save(folders / "scores" / "stack.npy", LOGITS)
     with pytest.raises(ValueError, match=r"stack\.tif\[0\] and .*stack\.tif\[1\] are pages of one file"):
         refine_files(folders / "images", folders / "scores", folders / "out")
     assert not (folders / "out").exists()
+    with pytest.raises(ValueError, match=r"stack\.tif\[1\] are pages of one file, and refine takes one image a file"):
+        refine_files(folders / "images" / "stack.tif", folders / "scores", folders / "out")
 
 
 def test_probabilities_of_zero_are_taken_as_nearly_zero():

@@ -6,7 +6,7 @@ pass; what it brings is measured by halves, each with the temperature of the oth
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ class Calibrated:
     ece_after: float
     brier_before: float
     brier_after: float
+    present: float | None = field(default=None, kw_only=True)  # the temperature that the bundle had
+    written: bool = field(default=False, kw_only=True)  # into the bundle: this one, or that there is none
 
     @property
     def at_limit(self) -> bool:
@@ -109,7 +111,8 @@ class Calibrated:
 
     def to_json(self) -> dict[str, Any]:
         """Plain types; None where there is no number."""
-        return {name: plain(value) for name, value in asdict(self).items()} | {"accepted": self.accepted}
+        numbers = {name: None if value is None else plain(value) for name, value in asdict(self).items() if name != "written"}
+        return numbers | {"accepted": self.accepted, "written": self.written}
 
 
 def fitted(sample: PixelSample) -> Calibrated:
@@ -164,7 +167,8 @@ def calibrate(
             f"{images}: {len(sample.images)} image with finite scores; a temperature needs at least 2 to be fitted and tried on. "
             "Images that are too large to be held whole are not sampled; give parts of them"
         )
-    found = fitted(sample)
+    present = loaded.card.temperature
+    found = replace(fitted(sample), present=None if present is None else present.value, written=write)
     if write:
         save_bundle(path, loaded.model.state_dict(), loaded.card.model_copy(update={"temperature": found.card}))
     return found
@@ -177,7 +181,7 @@ def render(found: Calibrated, console: Console) -> None:
         ("calibration error", f"{100 * found.ece_before:.2f} %", f"{100 * found.ece_after:.2f} %"),
         ("Brier score", f"{found.brier_before:.4f}", f"{found.brier_after:.4f}"),
     ):
-        console.print(f"{words}: {before} as it is, {after} with a temperature")
+        console.print(f"{words}: {before} without a temperature, {after} with one")
     console.print(f"[dim]A sample of the pixels of {found.images} images; each half with the temperature of the other.[/]", soft_wrap=True)
     if found.accepted:
         sure = "too sure of itself" if found.temperature > 1 else "not sure enough"
@@ -187,3 +191,10 @@ def render(found: Calibrated, console: Console) -> None:
         console.print(f"no temperature from {LIMITS[0]:g} to {LIMITS[1]:g} mends scores that {why}: they stay as they are", soft_wrap=True)
     else:
         console.print("no temperature helps: the probabilities stay as they are", soft_wrap=True)
+    if found.written and found.accepted:
+        place = "" if found.present is None else f", in place of {found.present:.3f}"
+        console.print(f"[bold]written into the bundle[/]{place}", soft_wrap=True)
+    elif found.written and found.present is not None:
+        console.print(f"[bold]taken out of the bundle[/]: its temperature of {found.present:.3f}", soft_wrap=True)
+    else:
+        console.print("the bundle stays as it is", soft_wrap=True)

@@ -31,6 +31,7 @@ class Check:
     layout: str
     pairs: list[Pair] = field(default_factory=list)  # only usable ones: readable, sizes equal; each with a mask and a split
     classes: list[str] = field(default_factory=list)
+    classes_from: str = "the masks' values"  # where their names come from
     colors: list[tuple[int, int, int]] = field(default_factory=list)
     label_map: LabelMap = field(default_factory=lambda: LabelMap({0: 0}))
     encoding: str = "unknown"
@@ -145,6 +146,7 @@ def check(
     labelled = [pair for pair in split_pairs(layout.pairs, val_fraction, seed) if pair.mask is not None]
     report = Check(
         layout.kind,
+        classes_from="the classes given" if classes else layout.classes_file.name if layout.classes_file else "the masks' values",
         unlabelled=[pair.image for pair in layout.pairs if pair.mask is None],
         orphan_masks=list(layout.orphan_masks),
         damaged=dict(layout.damaged),

@@ -119,8 +119,7 @@ def plan(
 
 
 def _plan_data(choices: Choices, report: Check) -> None:
-    where = f"found in the layout '{report.layout}'"
-    choices.take("data.classes", report.classes, where)
+    choices.take("data.classes", report.classes, f"from {report.classes_from}")
     choices.take("data.colors", [list(color) for color in report.colors], "from the masks' palette, or the Pascal VOC colours")
     choices.take("data.label_map", report.label_map.to_dict(), f"masks hold {report.encoding}")
     choices.take("data.bands", report.bands, "bands of the images")

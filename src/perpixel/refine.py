@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perpixel.data.display import default_colors
-from perpixel.data.images import find_pictures, read_image
+from perpixel.data.images import Picture, find_pictures, read_image
 from perpixel.data.writing import refuse_foreign, write_array, write_labels
 from perpixel.refinement.refiners import build_refiner
 
@@ -107,15 +107,21 @@ def _pairs(images: Path, scores: Path) -> list[tuple[Path, Path]]:
     if not images.is_dir() and not scores.is_dir():
         return [(images, scores)]
     if not (images.is_dir() and scores.is_dir()):
+        if images.is_file():
+            _refuse_pages(find_pictures([images]))
         raise ValueError(f"{images} and {scores}: give two files, or two folders whose files have the same names")
     pictures = find_pictures([images])
-    if pages := [str(picture) for picture in pictures if picture.page is not None]:
-        raise ValueError(f"{pages[0]} and {pages[1]} are pages of one file, and refine takes one image a file: save each page as its own")
+    _refuse_pages(pictures)
     by_name = _by_stem(picture.path for picture in pictures)
     scored = _by_stem(path for path in sorted(scores.iterdir()) if path.suffix.lower() in SUFFIXES)
     if missing := [path.name for stem, path in by_name.items() if stem not in scored]:
         raise ValueError(f"{scores}: no scores ({', '.join(SUFFIXES)}) for {len(missing)} of {len(by_name)} images, such as {missing[0]}")
     return [(path, scored[stem]) for stem, path in by_name.items()]
+
+
+def _refuse_pages(pictures: Iterable[Picture]) -> None:
+    if pages := [str(picture) for picture in pictures if picture.page is not None]:
+        raise ValueError(f"{pages[0]} and {pages[1]} are pages of one file, and refine takes one image a file: save each page as its own")
 
 
 def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:

@@ -85,7 +85,8 @@ class Tuning:
             cost = f"; boundary F falls by {-100 * self.boundary.value:.2f} points" if self.boundary and self.boundary.value < 0 else ""
             return f"{self.chosen.words}: {gain}; above zero on {self.images} images{cost}"
         if self.images < FEWEST:
-            return f"{self.chosen.words}: {gain}; {self.images} image(s) tell too little of others; the bundle stays as it is"
+            more = f"{self.images} image(s) tell too little of others: {FEWEST} that it was not trained on are needed"
+            return f"{self.chosen.words}: {gain}; {more}, so the bundle stays as it is"
         why = "the interval holds zero" if self.gain.high > 0 else "it makes the labels worse"
         return f"{self.chosen.words}: {gain}; {why}, so the bundle stays as it is"
 

@@ -279,6 +279,7 @@ def test_nothing_to_pair_says_what_was_looked_for(tmp_path: Path) -> None:
         (("empty",), "no images in this folder.*png"),
         (("lonely",), "1 .jpg.*no masks.*list files.*JPEGImages.*second argument: .*lonely MASKS"),
         (("images", "masks"), "no mask is named like an image.*'a.jpg'.*'b.png'"),
+        (("images/a.jpg", "images/a.jpg"), "a.jpg is given both as images and as masks"),
         (("images", "masks/b.png"), "is a folder and .* is a file"),
         (("images", "empty"), "empty: no masks in this folder"),
         (("list.txt",), "list.txt, line 1: .* should be `image mask`"),

@@ -79,6 +79,8 @@ def find_layout(images: str | Path, masks: str | Path | None = None) -> Layout:
     """
     images, masks = Path(images), None if masks is None else Path(masks)
     refuse_missing(images, masks)
+    if masks is not None and images.is_file() and images.samefile(masks):
+        raise ValueError(f"{images} is given both as images and as masks. Give the masks second.")
     found = _alone(images) if masks is None else _two(images, masks)
     classes_file = found.classes_file or find_classes_file(images, masks)
     labelled = [pair for pair in found.pairs if pair.mask is not None]
@@ -412,9 +414,13 @@ def _folder_kind(matched: Matched, otherwise: str) -> str:
 def _nothing(images: Path, masks: Path | None, found: Layout) -> str:
     """What to say where no image has a mask."""
     if masks is not None:
-        image = found.pairs[0].image.path.name if found.pairs else "nothing"
-        mask = found.orphan_masks[0].path.name if found.orphan_masks else "nothing"
-        there = f"{len(found.pairs)} images such as {image!r}, {len(found.orphan_masks)} masks such as {mask!r}"
+        there = ", ".join(
+            f"{len(names)} {kind} such as {names[0]!r}" if names else f"no {kind}"
+            for kind, names in (
+                ("images", [pair.image.path.name for pair in found.pairs]),
+                ("masks", [mask.path.name for mask in found.orphan_masks]),
+            )
+        )
         return (
             f"{images} and {masks}: no mask is named like an image ({there}). "
             "Give both the same stem (a.jpg and a.png, or a_mask.png), or a list file with `image mask` per line."
