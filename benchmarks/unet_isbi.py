@@ -16,7 +16,6 @@ and its batch norm is trained, since photographs tell it little about electron m
 """
 
 import argparse
-import inspect
 import json
 import subprocess
 import sys
@@ -51,15 +50,16 @@ ROWS: dict[str, tuple[list[str], int]] = {
     "1 slice": ([], 1),
 }
 VIEWS = "rotations,flips"
-SEED = inspect.signature(Watershed).parameters["seed"].default
+SEED = Watershed().seed
 SEEDS = (0.8, 0.85, 0.9, 0.95, 0.97)
-# Row -> the row whose nets it predicts with, the views, and seeds for a watershed to choose from.
-OTHERWISE: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "rotations": ("as planned", VIEWS, ()),
+Seeds = Sequence[float | None]  # for a watershed to choose from; None: no watershed
+# Row -> the row whose nets it predicts with, the views and the seeds.
+OTHERWISE: dict[str, tuple[str, str, Seeds]] = {
+    "rotations": ("as planned", VIEWS, (None,)),
     "watershed": ("as planned", "", (SEED,)),
     "rotations, watershed": ("as planned", VIEWS, (SEED,)),
     "rotations, watershed, fitted seed, no temperature": ("as planned", VIEWS, SEEDS),
-    "border weights, rotations": ("border weights", VIEWS, ()),
+    "border weights, rotations": ("border weights", VIEWS, (None,)),
 }
 NEAR = (1, 2)  # pixels from an edge of the truth
 # Of the general U-Net: the plan, made for photographs, trains the encoder at a fiftieth of the rate and stops at stride 2.
@@ -115,8 +115,10 @@ def predicted(bundle: Path, data: Path, fold: int, slices: int, views: str, cali
     return {number: segmenter.probabilities(images[number]) for number in [*held, *kept[:: -(-len(kept) // 5)]]}
 
 
-def divided(probabilities: np.ndarray, seed: float) -> np.ndarray:
-    """As `--refine watershed` does it, with another seed."""
+def divided(probabilities: np.ndarray, seed: float | None) -> np.ndarray:
+    """As `--refine watershed` does it, with another seed; None leaves them as they are."""
+    if seed is None:
+        return probabilities
     return refine(np.zeros(probabilities.shape[1:], np.uint8), probabilities, "watershed", {"seed": seed}, kind="probabilities")
 
 
@@ -139,7 +141,7 @@ def scored(probabilities: Mapping[int, np.ndarray], data: Path, fold: int) -> tu
     return board, counts
 
 
-def fitted(boards: Mapping[float, Sequence[Board]], fold: int) -> float:
+def fitted(boards: Mapping[float | None, Sequence[Board]], fold: int) -> float | None:
     """The seed whose Rand error is least on the slices of all folds but this place's."""
     errors = {}
     for seed, of_folds in boards.items():
@@ -151,17 +153,16 @@ def fitted(boards: Mapping[float, Sequence[Board]], fold: int) -> float:
 
 
 def divided_and_scored(
-    given: argparse.Namespace, bundles: Sequence[Path], slices: int, views: str, seeds: Sequence[float]
-) -> tuple[Board, np.ndarray, list[float]]:
-    """As `scored`, of all folds, and each fold's seed where there are any: the one, or the one that is `fitted`."""
-    found: dict[float, list[tuple[Board, np.ndarray]]] = {seed: [] for seed in seeds or (0,)}
+    given: argparse.Namespace, bundles: Sequence[Path], slices: int, views: str, seeds: Seeds
+) -> tuple[Board, np.ndarray, list[float | None]]:
+    """As `scored`, of all folds, and each fold's seed: the one there is, or the one that is `fitted`."""
+    found: dict[float | None, list[tuple[Board, np.ndarray]]] = {seed: [] for seed in seeds}
     for bundle, fold in zip(bundles, given.folds, strict=True):
-        plain = predicted(bundle, given.data, fold, slices, views, calibrated=len(seeds) < 2)
+        plain = predicted(bundle, given.data, fold, slices, views, calibrated=len(seeds) == 1)
         for seed, of_folds in found.items():
-            maps = {number: divided(each, seed) for number, each in plain.items()} if seeds else plain
-            of_folds.append(scored(maps, given.data, fold))
+            of_folds.append(scored({number: divided(each, seed) for number, each in plain.items()}, given.data, fold))
     boards = {seed: [board for board, _ in of_folds] for seed, of_folds in found.items()}
-    chosen = [fitted(boards, place) for place in range(len(bundles))] if len(found) > 1 else list(found) * len(bundles)
+    chosen = [fitted(boards, place) for place in range(len(bundles))] if len(seeds) > 1 else list(seeds) * len(bundles)
     board, counts = Board(), np.zeros(4 + len(NEAR), np.int64)
     for place, seed in enumerate(chosen):
         board.merge(found[seed][place][0])
@@ -213,20 +214,20 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=every, default=every)
     parser.add_argument("--runs", type=Path, help="where the runs stay; a temporary folder without it")
     given = parser.parse_args()
-    if fitting := [name for name in given.rows if len(OTHERWISE.get(name, ("", "", ()))[2]) > 1 and len(given.folds) < 2]:
+    if fitting := [name for name in given.rows if len(OTHERWISE.get(name, ("", "", ()))[2]) > 1 and len(given.folds) == 1]:
         parser.error(f"'{fitting[0]}' chooses on other folds, and --folds is one; name other --rows")
     given.runs = given.runs or Path(tempfile.mkdtemp())
     rows: dict[str, dict[str, Any]] = {}
     bundles: dict[str, list[Path]] = {}
     first: Board | None = None
     for name in given.rows:
-        nets, views, seeds = OTHERWISE.get(name, (name, "", ()))
+        nets, views, seeds = OTHERWISE.get(name, (name, "", (None,)))
         settings, slices = ROWS[nets]
         if nets not in bundles:
             bundles[nets] = [trained(given, nets, fold, settings, slices) for fold in given.folds]
         board, counts, chosen = divided_and_scored(given, bundles[nets], slices, views, seeds)
         first = board if first is None else first
-        rows[name] = row_of(board, first) | {"pixels": shares_of(counts)} | ({"seeds": chosen} if seeds else {})
+        rows[name] = row_of(board, first) | {"pixels": shares_of(counts)} | ({} if None in chosen else {"seeds": chosen})
         net = {"encoder": given.weights.stem} if given.weights else {"width": given.width}
         content = {"steps": given.steps, **net, "crop": given.crop, "folds": given.folds, "board": BOARD, "rows": rows}
         write(f"unet-isbi2012-{net_of(given)}-{given.steps}", content)

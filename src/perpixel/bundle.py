@@ -97,6 +97,11 @@ class Card(BaseModel):
             raise ValueError(f"{len(colors)} for {len(classes)} classes; legal is one for each")
         return colors
 
+    @property
+    def refiner_name(self) -> str:
+        """Of the refiner that the bundle carries; "none" where it has none."""
+        return "none" if self.refiner is None else self.refiner.name
+
 
 @dataclass
 class Bundle:
@@ -159,11 +164,12 @@ class Bundle:
         Raises:
             ValueError: for an unknown name, or a bundle whose refiner can't be built.
         """
-        if choice == "none" or (choice == "bundle" and self.card.refiner is None):
+        if choice == "none":
             return None
-        if choice == "bundle" and self.card.refiner is not None:
-            return self.built_refiner(self.card.refiner.name, self.card.refiner.options)
-        return self.built_refiner(choice, {})
+        if choice != "bundle":
+            return self.built_refiner(choice, {})
+        own = self.card.refiner
+        return None if own is None else self.built_refiner(own.name, own.options)
 
     def built_refiner(self, name: str, options: Mapping[str, Any]) -> nn.Module:
         """Any refiner for this model's scores, on its device; options that are not given suit its images and its temperature.
@@ -184,8 +190,7 @@ class Bundle:
 
     def temperature(self, choice: str = "bundle") -> float:
         """What to divide scores by before softmax; 1 where nothing was fitted, or not for scores refined by `choice` (see `refiner`)."""
-        own = "none" if self.card.refiner is None else self.card.refiner.name
-        fitted = choice == "bundle" or {choice, own} <= {"none", LINES}
+        fitted = choice == "bundle" or {choice, self.card.refiner_name} <= {"none", LINES}
         return self.card.temperature.value if fitted and self.card.temperature is not None else 1.0
 
 

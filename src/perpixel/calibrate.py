@@ -160,7 +160,7 @@ def calibrate(
     path, sample = Path(bundle), PixelSample()
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # A watershed's lines would be fitted too: they are as steep as the temperature that the bundle has already.
-    refine = "none" if loaded.card.refiner is not None and loaded.card.refiner.name == LINES else "bundle"
+    refine = "none" if loaded.card.refiner_name == LINES else "bundle"
     evaluate(loaded, images, masks, split=split, labels=labels, scores=(), refine=refine, observers=[sample], progress=progress)
     if len(sample.images) < 2:
         raise ValueError(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from perpixel.bundle import LINES, Bundle, RefinerCard, load_bundle, save_bundle
+from perpixel.bundle import LINES, Card, RefinerCard, load_bundle, save_bundle
 from perpixel.data.class_names import refuse_other_names
 from perpixel.data.dataset import LabelledImages
 from perpixel.data.layouts import find_layout, split_pairs
@@ -151,7 +151,8 @@ def tune(
         raise ValueError(f"minutes is {minutes}; a search needs more than 0")
     path = Path(bundle)
     loaded = load_bundle(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    card, aim = loaded.card, _aim_of(refiners, between, loaded, path)
+    card = loaded.card
+    aim = _aim_of(refiners, between, card, path)
     layout = find_layout(images, masks)
     if layout.classes_file is not None:
         refuse_other_names(layout.classes_file, card.classes, loaded.label_map, labels or {})
@@ -194,25 +195,25 @@ def tune(
     return result
 
 
-def _aim_of(refiners: Sequence[str], between: str | None, bundle: Bundle, path: Path) -> Aim:
+def _aim_of(refiners: Sequence[str], between: str | None, card: Card, path: Path) -> Aim:
     """By which score refiners are judged; ValueError for an unknown one, or where no single score judges them and the bundle's own."""
-    classes, own = bundle.card.classes, bundle.card.refiner
+    classes = card.classes
     if unknown := [name for name in refiners if name not in (*SEARCHED, LINES)]:
         raise ValueError(f"unknown refiner {unknown[0]!r}. Known: {', '.join(SEARCHED)}, {LINES}")
     if LINES not in refiners:
         if between is not None:
             raise ValueError(f"between={between!r} is the class between objects, for a {LINES}, and none is searched")
-        if own is not None and own.name == LINES:
+        if card.refiner_name == LINES:
             raise ValueError(f"{path} has the {LINES}, which mIoU can't judge, so nothing is put in its place; see docs/refinement.md")
         return MeanIou(len(classes))
     judged_by = f"a {LINES} is judged by V_rand, as its lines are too thin for mIoU, and other refiners by mIoU"
     if set(refiners) != {LINES}:
         raise ValueError(f"{judged_by}: search it alone")
-    if own is not None and own.name != LINES:
-        raise ValueError(f"{path} has the {own.name}; {judged_by}, so it is not put in its place; see docs/refinement.md")
+    if card.refiner_name not in ("none", LINES):
+        raise ValueError(f"{path} has the {card.refiner_name}; {judged_by}, so it is not put in its place; see docs/refinement.md")
     if between is not None and between not in classes:
         raise ValueError(f"there is no class {between!r} to lie between objects; the classes are {', '.join(classes)}")
-    lines = classes.index(between) if between is not None else 0 if own is None else own.options.get("between", 0)
+    lines = classes.index(between) if between is not None else 0 if card.refiner is None else card.refiner.options.get("between", 0)
     return VRand(lines, classes[lines])
 
 

@@ -41,7 +41,7 @@ class Watershed(nn.Module):
         seed: the probability of not being of this class, above which a pixel is of a seed. Higher parts more seeds that are joined; lower
             keeps objects that are never so sure.
         smallest: pixels of the smallest seed.
-        temperature: what scores are divided by before softmax gives probabilities; a bundle's is given by `Bundle.refiner`.
+        temperature: what scores are divided by before softmax gives probabilities; a bundle's is given by `Bundle.built_refiner`.
 
     Raises:
         ValueError: if an argument is out of range.
